@@ -1,0 +1,45 @@
+"""Caduceus: one process, one copy of the weights, one forward for rollouts and gradients.
+
+Public names load lazily, so that importing one kernel does not load the trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.config",
+    "ModelConfig": "engine.config",
+    "OptimizerConfig": "engine.config",
+    "load_config": "engine.config",
+    "SamplingParams": "engine.types",
+    "Completion": "engine.types",
+    "StreamEvent": "engine.types",
+    "Sample": "engine.types",
+    "TrainStats": "engine.types",
+    "StepStats": "engine.types",
+    "Tokenizer": "engine.tokenizer",
+    "ChatTemplate": "engine.chat",
+    "EngineError": "engine.errors",
+    "ConfigError": "engine.errors",
+    "InputError": "engine.errors",
+    "CheckpointError": "engine.errors",
+    "CapacityError": "engine.errors",
+    "ExactnessError": "engine.errors",
+}
+
+__all__ = list(_PUBLIC)
+
+if TYPE_CHECKING:
+    from engine.chat import ChatTemplate
+    from engine.config import EngineConfig, ModelConfig, OptimizerConfig, load_config
+    from engine.engine import Engine
+    from engine.errors import CapacityError, CheckpointError, ConfigError, EngineError, ExactnessError, InputError
+    from engine.tokenizer import Tokenizer
+    from engine.types import Completion, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
