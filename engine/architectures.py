@@ -7,13 +7,11 @@ the engine trains on the distribution it samples from.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError, nearest
@@ -37,9 +35,23 @@ class Architecture:
     keys: frozenset[str] = frozenset()
     defaults: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def uses_sliding_window(self) -> bool:
-        return "sliding_window" in self.keys
+    def has_qkv_bias(self, config: ModelConfig) -> bool:
+        """Whether the query, key and value projections have one."""
+        return self.qkv_bias if config.attention_bias is None else config.attention_bias
+
+    def has_out_bias(self, config: ModelConfig) -> bool:
+        """Whether the attention's output projection has one."""
+        if "attention_out_bias" in self.keys:
+            return self.out_bias if config.attention_out_bias is None else config.attention_out_bias
+        return self.has_qkv_bias(config) if "attention_bias" in self.keys else self.out_bias
+
+    def has_mlp_bias(self, config: ModelConfig) -> bool:
+        """Whether gate, up and down have one."""
+        return self.mlp_bias if config.mlp_bias is None else config.mlp_bias
+
+    def window(self, config: ModelConfig) -> int | None:
+        """How many keys a query sees, its own included; None: all before it."""
+        return config.sliding_window
 
 
 ARCHITECTURES = {
@@ -120,76 +132,24 @@ _COPIED = (
 )
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """The facts the layers ask for. `window` counts the keys a query sees, its own included; None: all of them."""
-
-    architecture: Architecture
-    has_qkv_bias: bool
-    has_out_bias: bool
-    has_mlp_bias: bool
-    has_qk_norm: bool
-    window: int | None
-
-
 def architecture_of(config: ModelConfig) -> Architecture:
-    """The row named by `config.architecture`. Raises ConfigError with the nearest known name."""
-    return _row(config.architecture)
+    """The row named by `config.architecture`, after checking that the configuration is one that the row can express.
 
-
-def resolve(config: ModelConfig) -> Resolved:
-    """What the layers of this model have.
-
-    Raises ConfigError when the configuration asks for something that its architecture cannot say (a bias on Mistral,
-    a window on Llama): such a model could not be saved as what it is.
+    Raises ConfigError for an unknown name (with the nearest known one), for what the family cannot say (a bias on
+    Mistral, a window on Llama: such a model could not be saved as what it is), and for a RoPE scaling not known.
     """
-    row = architecture_of(config)
+    row = _row(config.architecture)
     for key in ("attention_bias", "attention_out_bias", "mlp_bias", "sliding_window"):
         if getattr(config, key) is not None and key not in row.keys:
+            others = [other.name for other in ARCHITECTURES.values() if key in other.keys]
             raise ConfigError(
                 f"{key} is {getattr(config, key)}, but {row.name} has no such key; leave it out, or choose one of "
-                f"{', '.join(other.name for other in ARCHITECTURES.values() if key in other.keys)}"
+                f"{', '.join(others)}"
             )
     if config.sliding_window is not None and config.sliding_window < 1:
         raise ConfigError(f"sliding_window is {config.sliding_window}; it must be at least 1, or absent for none")
     _check_rope_scaling(config.rope_scaling)
-
-    qkv_bias = row.qkv_bias if config.attention_bias is None else config.attention_bias
-    if "attention_out_bias" in row.keys:
-        out_bias = row.out_bias if config.attention_out_bias is None else config.attention_out_bias
-    else:
-        out_bias = qkv_bias if "attention_bias" in row.keys else row.out_bias
-    return Resolved(
-        architecture=row,
-        has_qkv_bias=qkv_bias,
-        has_out_bias=out_bias,
-        has_mlp_bias=row.mlp_bias if config.mlp_bias is None else config.mlp_bias,
-        has_qk_norm=row.qk_norm,
-        window=config.sliding_window,
-    )
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """The angle per position of each rotary pair: float32 [head_dim / 2] (RoPE, arXiv 2104.09864).
-
-    Pair i turns dimensions i and i + head_dim / 2. "linear" divides every frequency by `factor` (arXiv 2306.15595).
-    "llama3" divides those whose wavelength is beyond original_max_position_embeddings / low_freq_factor, keeps those
-    below original_max_position_embeddings / high_freq_factor, and interpolates between the two (Llama 3.1,
-    arXiv 2407.21783). Raises ConfigError.
-    """
-    scaling = _check_rope_scaling(config.rope_scaling)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if scaling is None:
-        return frequencies
-    kind, factor = scaling["rope_type"], scaling["factor"]
-    if kind == "linear":
-        return frequencies / factor
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
-    keep = (turns - low) / (high - low)  # share of the unscaled frequency
-    between = (1 - keep) * frequencies / factor + keep * frequencies
-    return torch.where(turns < low, frequencies / factor, torch.where(turns > high, frequencies, between))
+    return row
 
 
 def model_config_from_hf(data: dict[str, Any]) -> ModelConfig:
@@ -221,14 +181,13 @@ def model_config_from_hf(data: dict[str, Any]) -> ModelConfig:
         config = msgspec.convert(values, ModelConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"config.json of {row.name}: {error}") from None
-    resolve(config)
+    architecture_of(config)
     return config
 
 
 def model_config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json` in both dialects at once, so that transformers 4 and 5 read the same model. Raises ConfigError."""
-    resolved = resolve(config)
-    row = resolved.architecture
+    row = architecture_of(config)
     dtype_name = str(dtype).removeprefix("torch.")
     scaling = _check_rope_scaling(config.rope_scaling)
     data: dict[str, Any] = {"architectures": [row.name], "model_type": row.model_type}
@@ -244,15 +203,16 @@ def model_config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
         "torch_dtype": dtype_name,
     }
     biases = {
-        "attention_bias": resolved.has_qkv_bias,
-        "attention_out_bias": resolved.has_out_bias,
-        "mlp_bias": resolved.has_mlp_bias,
+        "attention_bias": row.has_qkv_bias(config),
+        "attention_out_bias": row.has_out_bias(config),
+        "mlp_bias": row.has_mlp_bias(config),
     }
     data |= {key: value for key, value in biases.items() if key in row.keys}
-    if row.uses_sliding_window:
-        data["sliding_window"] = resolved.window
+    window = row.window(config)
+    if "sliding_window" in row.keys:
+        data["sliding_window"] = window
     if "use_sliding_window" in row.keys:
-        windowed = resolved.window is not None
+        windowed = window is not None
         data["use_sliding_window"] = windowed
         data["max_window_layers"] = 0 if windowed else config.num_hidden_layers  # the first layer with a window
         data["layer_types"] = ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
@@ -310,7 +270,7 @@ def _refuse_foreign_arithmetic(data: dict[str, Any], row: Architecture) -> None:
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(f"layer_types has {', '.join(sorted(unknown))}; the engine has full and sliding attention")
-    if len(kinds) > 1 or ("sliding_attention" in kinds and not row.uses_sliding_window):
+    if len(kinds) > 1 or ("sliding_attention" in kinds and "sliding_window" not in row.keys):
         raise ConfigError(
             f"layer_types of this {row.name} is {', '.join(sorted(kinds))}; the engine's layers are all alike: "
             "every layer has the window or none has"
@@ -318,7 +278,7 @@ def _refuse_foreign_arithmetic(data: dict[str, Any], row: Architecture) -> None:
 
 
 def _window_of_json(data: dict[str, Any], row: Architecture, num_layers: int) -> int | None:
-    if not row.uses_sliding_window:
+    if "sliding_window" not in row.keys:
         return None
     window = data["sliding_window"] if "sliding_window" in data else row.defaults["sliding_window"]
     if "use_sliding_window" not in row.keys or window is None:

@@ -1,4 +1,4 @@
-"""config.json in both dialects, the rows of the families, RoPE frequencies."""
+"""config.json in both dialects, the rows of the families."""
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from engine.architectures import (
     architecture_of,
     model_config_from_hf,
     model_config_to_hf,
-    resolve,
-    rope_frequencies,
 )
 from engine.errors import ConfigError
 from tests.tiny import FAMILIES, LLAMA3_SCALING, tiny_config
@@ -55,14 +53,13 @@ def config_with_biases_named(config):
     """Writing states the biases that the family's key could switch."""
     import msgspec
 
-    resolved = resolve(config)
+    row = architecture_of(config)
     named = {
-        "attention_bias": resolved.has_qkv_bias,
-        "attention_out_bias": resolved.has_out_bias,
-        "mlp_bias": resolved.has_mlp_bias,
+        "attention_bias": row.has_qkv_bias(config),
+        "attention_out_bias": row.has_out_bias(config),
+        "mlp_bias": row.has_mlp_bias(config),
     }
-    keys = resolved.architecture.keys
-    return msgspec.structs.replace(config, **{key: value for key, value in named.items() if key in keys})
+    return msgspec.structs.replace(config, **{key: value for key, value in named.items() if key in row.keys})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,29 +104,31 @@ def test_published_llama_config_is_read():
     ],
 )
 def test_rows_state_the_biases_and_norms_of_the_family(family, facts):
-    resolved = resolve(tiny_config(family))
-    found = (resolved.has_qkv_bias, resolved.has_out_bias, resolved.has_mlp_bias, resolved.has_qk_norm)
-    assert found == facts
+    config = tiny_config(family)
+    row = architecture_of(config)
+    assert (row.has_qkv_bias(config), row.has_out_bias(config), row.has_mlp_bias(config), row.qk_norm) == facts
 
 
 def test_llama_attention_bias_speaks_for_the_output_projection_too():
-    resolved = resolve(tiny_config(attention_bias=True, mlp_bias=True))
-    assert resolved.has_qkv_bias and resolved.has_out_bias and resolved.has_mlp_bias
+    config = tiny_config(attention_bias=True, mlp_bias=True)
+    row = architecture_of(config)
+    assert row.has_qkv_bias(config) and row.has_out_bias(config) and row.has_mlp_bias(config)
 
 
 def test_seed_oss_output_bias_has_its_own_key():
-    resolved = resolve(tiny_config("SeedOssForCausalLM", attention_bias=False, attention_out_bias=True))
-    assert (resolved.has_qkv_bias, resolved.has_out_bias) == (False, True)
+    config = tiny_config("SeedOssForCausalLM", attention_bias=False, attention_out_bias=True)
+    row = architecture_of(config)
+    assert (row.has_qkv_bias(config), row.has_out_bias(config)) == (False, True)
 
 
 def test_bias_that_the_family_cannot_say_is_refused():
     with pytest.raises(ConfigError, match=r"MistralForCausalLM has no such key.*LlamaForCausalLM"):
-        resolve(tiny_config("MistralForCausalLM", attention_bias=True))
+        architecture_of(tiny_config("MistralForCausalLM", attention_bias=True))
 
 
 def test_window_on_a_family_without_one_is_refused():
     with pytest.raises(ConfigError, match="sliding_window is 8, but LlamaForCausalLM"):
-        resolve(tiny_config(sliding_window=8))
+        architecture_of(tiny_config(sliding_window=8))
 
 
 @pytest.mark.parametrize(
@@ -217,21 +216,3 @@ def test_architecture_of_names_the_nearest():
     assert architecture_of(tiny_config()) is ARCHITECTURES["LlamaForCausalLM"]
     with pytest.raises(ConfigError, match='did you mean "Qwen3ForCausalLM"'):
         architecture_of(tiny_config("Qwen3ForCausalM"))
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3_SCALING, {**LLAMA3_SCALING, "high_freq_factor": 32.0}],
-)
-def test_rope_frequencies_equal_those_of_transformers(scaling):
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": 500000.0}
-    theirs = LlamaRotaryEmbedding(
-        transformers.LlamaConfig(
-            hidden_size=256, num_attention_heads=2, max_position_embeddings=512, rope_parameters=parameters
-        )
-    )
-    config = tiny_config(head_dim=128, rope_theta=500000.0, rope_scaling=scaling)
-    torch.testing.assert_close(rope_frequencies(config), theirs.inv_freq, rtol=1e-6, atol=0.0)
