@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from engine.config import EngineConfig
 from engine.errors import InputError, NumericsError
@@ -74,12 +72,17 @@ class Sampler:
         self.scheduler.waiting.append(family[0])
         self.stats.prompt_tokens += len(prompt) * params.n
 
-    def run(self) -> Iterator[tuple[list[int], list[Sequence]]]:
-        """Steps until nothing is left; each yields the slots that got a token and still run, and what finished."""
-        while (step := self.scheduler.next_step()) is not None:
-            finished = self._step(step)
-            alive = [s for s in step.sample_slots.tolist() if self.slots.sequence[s] is not None]
-            yield alive, finished
+    def step(self) -> tuple[list[int], list[Sequence]] | None:
+        """Runs one step: the slots that got a token and still run, and the sequences that finished; None when nothing
+        is left to run.
+
+        Raises NumericsError when logits are not finite.
+        """
+        step = self.scheduler.next_step()
+        if step is None:
+            return None
+        finished = self._run(step)
+        return [s for s in step.sample_slots.tolist() if self.slots.sequence[s] is not None], finished
 
     def abort(self, request_id: int, prompt_index: int | None = None) -> list[Sequence]:
         """Ends the sequences of a request (of one of its prompts); they keep what was sampled."""
@@ -98,7 +101,7 @@ class Sampler:
             sequence.finish_reason = "abort"
         return ended
 
-    def _step(self, step: Step) -> list[Sequence]:
+    def _run(self, step: Step) -> list[Sequence]:
         slots, stats = self.slots, self.stats
         tokens, logprobs, kept_mass, alternatives = self.runner.run(step, slots)
         self.scheduler.computed(step)
@@ -149,7 +152,3 @@ class Sampler:
         self.scheduler.waiting.clear()
         self.cache.forget()
 
-
-def float_tensor(values: np.ndarray) -> torch.Tensor:
-    """float32 tensor over the array's own memory."""
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
