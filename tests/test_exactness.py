@@ -7,6 +7,7 @@ forward, for every architecture and dtype, and so equal each other.
 from __future__ import annotations
 
 import functools
+from itertools import chain
 
 import pytest
 import torch
@@ -77,10 +78,16 @@ def test_sampled_logprobs_equal_trained_logprobs_bitwise(architecture, dtype):
     prefix_caching=st.booleans(),
     temperature=st.sampled_from([0.0, 0.7, 1.0]),
 )
-def test_exact_whatever_the_schedule(architecture, dtype, lengths, shared, n, max_tokens, max_batch_tokens, page_size,
-                                     pool, prefix_caching, temperature):
-    config = {"max_batch_tokens": max_batch_tokens, "page_size": page_size, "kv_tokens": pool, "max_seqs": 16,
-              "prefix_caching": prefix_caching}
+def test_exact_whatever_the_schedule(
+    architecture, dtype, lengths, shared, n, max_tokens, max_batch_tokens, page_size, pool, prefix_caching, temperature
+):
+    config = {
+        "max_batch_tokens": max_batch_tokens,
+        "page_size": page_size,
+        "kv_tokens": pool,
+        "max_seqs": 16,
+        "prefix_caching": prefix_caching,
+    }
     prompts = prompts_of(lengths, shared)
     params = SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, seed=3, ignore_eos=True)
     tokens = assert_exact(make(architecture, dtype, **config), prompts, params)
@@ -122,7 +129,7 @@ def test_recorded_forward_equals_eager_forward_bitwise(dtype, monkeypatch):
     recorded = make("LlamaForCausalLM", dtype).generate(prompts, params)
     monkeypatch.setattr(runner_module, "cpu_missing", lambda: "so that nothing is recorded")
     eager = make("LlamaForCausalLM", dtype, max_seqs=31).generate(prompts, params)
-    for a, b in zip(sum(recorded, []), sum(eager, []), strict=True):
+    for a, b in zip(chain(*recorded), chain(*eager), strict=True):
         assert torch.equal(a.logprobs, b.logprobs)
 
 
@@ -153,14 +160,18 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_after_optimizer_steps_with_a_tiny_pool(dtype):
-    engine = Engine.from_config(tiny_config(initializer_range=0.1),
-                                EngineConfig(dtype=dtype, kv_tokens=192, max_batch_tokens=40, max_seqs=8))
+    engine = Engine.from_config(
+        tiny_config(initializer_range=0.1), EngineConfig(dtype=dtype, kv_tokens=192, max_batch_tokens=40, max_seqs=8)
+    )
     prompts = prompts_of([20, 33], shared=16)
     for step in range(10):
         params = SamplingParams(n=3, max_tokens=24, seed=step, ignore_eos=True)
         results = engine.generate(prompts, params)
-        samples = [Sample.from_completion(p, c, advantage=(-1.0) ** i)
-                   for p, row in zip(prompts, results, strict=True) for i, c in enumerate(row)]
+        samples = [
+            Sample.from_completion(p, c, advantage=(-1.0) ** i)
+            for p, row in zip(prompts, results, strict=True)
+            for i, c in enumerate(row)
+        ]
         stats = engine.forward_backward(samples, "grpo")
         assert stats.max_abs_logprob_difference == 0.0, f"step {step}"
         engine.optim_step(learning_rate=1e-3)
@@ -183,5 +194,5 @@ def test_a_planted_fault_is_caught(monkeypatch):
 
     monkeypatch.setattr(layers, "linear", picks_by_rows)
     monkeypatch.setattr(runner_module, "cpu_missing", lambda: "so that the fault is not recorded away")
-    with pytest.raises(AssertionError, match="sampled .* trained"):
+    with pytest.raises(AssertionError, match=r"sampled .* trained"):
         assert_exact(make(max_seqs=30), prompts_of([40]), SamplingParams(max_tokens=20, seed=1, ignore_eos=True))
