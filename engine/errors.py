@@ -25,6 +25,10 @@ class ExactnessError(EngineError):
     """Sampled and trained log-probabilities differ, or no exact backend is available."""
 
 
+class NumericsError(EngineError):
+    """Weights, logits or gradients that are not finite."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """' (did you mean "x"?)' for the closest known name, or an empty string."""
     from difflib import get_close_matches
