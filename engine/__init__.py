@@ -26,6 +26,7 @@ _PUBLIC = {
     "CheckpointError": "engine.errors",
     "CapacityError": "engine.errors",
     "ExactnessError": "engine.errors",
+    "NumericsError": "engine.errors",
 }
 
 __all__ = list(_PUBLIC)
@@ -34,7 +35,15 @@ if TYPE_CHECKING:
     from engine.chat import ChatTemplate
     from engine.config import EngineConfig, ModelConfig, OptimizerConfig, load_config
     from engine.engine import Engine
-    from engine.errors import CapacityError, CheckpointError, ConfigError, EngineError, ExactnessError, InputError
+    from engine.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        EngineError,
+        ExactnessError,
+        InputError,
+        NumericsError,
+    )
     from engine.tokenizer import Tokenizer
     from engine.types import Completion, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
 

@@ -49,14 +49,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             set_(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
             set_(self, "head_dim", self.hidden_size // max(1, self.num_attention_heads))
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"ModelConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads "
-                f"({self.num_key_value_heads}) does not divide; choose a divisor")
+                f"({self.num_key_value_heads}) does not divide; choose a divisor"
+            )
         if self.head_dim % 16:
             raise ConfigError(f"head_dim is {self.head_dim}; the kernels take multiples of 16")
 

@@ -101,8 +101,9 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_completion(cls, prompt_token_ids: list[int], completion: Completion, advantage: float = 1.0,
-                        temperature: float = 1.0) -> Sample:
+    def from_completion(
+        cls, prompt_token_ids: list[int], completion: Completion, advantage: float = 1.0, temperature: float = 1.0
+    ) -> Sample:
         """Prompt masked, completion trained on; `old_logprobs` are the sampled ones."""
         zeros = torch.zeros(len(prompt_token_ids))
         return cls(

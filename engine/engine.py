@@ -1,0 +1,272 @@
+"""The facade: one process, one copy of the weights; sample from them, score with them, train them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import load_weights, read_config, save_pretrained
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import CapacityError, EngineError, InputError
+from engine.kernels.op import cpu_missing, extension
+from engine.log import logger
+from engine.model import Transformer
+from engine.sampler.output import Inbox
+from engine.sampler.sampler import Sampler
+from engine.state import load_state, save_state
+from engine.tokenizer import Tokenizer
+from engine.trainer import Trainer
+from engine.types import Completion, Prompt, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Engine:
+    """A model that samples and learns.
+
+    `generate`, `stream`, `score` and `forward_backward` run the same forward on the same weights, so
+    `Completion.logprobs` equals what `score` returns and what the first `forward_backward` after it sees, to the bit.
+    Not thread-safe: call it from one thread.
+    """
+
+    def __init__(self, model: Transformer, config: EngineConfig, tokenizer: Tokenizer | None = None) -> None:
+        if config.threads and not cpu_missing():
+            extension().set_num_threads(config.threads)
+        if cpu_missing():
+            logger.warning("%s: the engine runs on plain torch, slowly and not exactly", cpu_missing())
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        model.checkpointing = config.activation_checkpointing
+        self._sampler: Sampler | None = None
+        self._trainer: Trainer | None = None
+        self._inboxes: dict[int, Inbox] = {}
+        self._requests = 0
+
+    # ---- making one ----
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None) -> Engine:
+        """A Hugging Face directory: `config.json`, one or many `.safetensors`, and `tokenizer.json` if there is one.
+
+        Raises CheckpointError, ConfigError.
+        """
+        config = config or EngineConfig()
+        model = Transformer(read_config(path), DTYPES[config.dtype])
+        load_weights(path, model)
+        has_tokenizer = (Path(path) / "tokenizer.json").exists()
+        return cls(model, config, Tokenizer.from_pretrained(path) if has_tokenizer else None)
+
+    @classmethod
+    def from_config(
+        cls,
+        model_config: ModelConfig,
+        config: EngineConfig | None = None,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> Engine:
+        """Random weights, a function of `seed`. Raises ConfigError."""
+        config = config or EngineConfig()
+        model = Transformer(model_config, DTYPES[config.dtype])
+        model.initialize(seed)
+        return cls(model, config, tokenizer)
+
+    # ---- sampling ----
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[list[Completion]]:
+        """`params.n` completions of each prompt, [P][n]. Prompts are text or token ids; `params` is one for all or one
+        for each.
+
+        Raises InputError, CapacityError; the engine stays usable.
+        """
+        request = self._submit(prompts, params)
+        inbox = self._inboxes[request]
+        try:
+            while not inbox.complete:
+                self._step()
+        finally:
+            self._close(request)
+        return inbox.completions()
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[StreamEvent]:
+        """The same, as tokens come. Closing the iterator aborts what still runs; `abort` ends one prompt of it.
+
+        Raises InputError, CapacityError.
+        """
+        request = self._submit(prompts, params, streaming=True)
+        return self._events(request)
+
+    def abort(self, prompt_index: int | None = None) -> None:
+        """Ends what is in flight (for one prompt of each request, if given): its completions come with the finish
+        reason "abort" and the tokens sampled so far."""
+        for request, inbox in self._inboxes.items():
+            for sequence in self.sampler.abort(request, prompt_index):
+                inbox.finish(sequence)
+
+    # ---- training ----
+
+    def score(self, sequences: Sequence[Prompt], temperature: float = 1.0) -> list[torch.Tensor]:
+        """log p of each token after the first, by the training forward: float32 [len - 1] each.
+
+        Raises InputError.
+        """
+        return self.trainer.score([self._encode(s, i, whole=True) for i, s in enumerate(sequences)], temperature)
+
+    def forward_backward(self, samples: Sequence[Sample], loss: str | Callable[..., Any] | Any = "sft") -> TrainStats:
+        """Adds the gradient of the loss over all samples; call it several times to accumulate.
+
+        Raises InputError, ConfigError; gradients accumulated before are kept.
+        """
+        return self.trainer.forward_backward(list(samples), loss)
+
+    def optim_step(self, learning_rate: float) -> StepStats:
+        """Clips, steps AdamW, writes the compute weights in place, raises `weight_version`.
+
+        Raises NumericsError when the gradient is not finite (no step is taken), EngineError while something streams.
+        """
+        if self._sampler is not None and self._sampler.num_unfinished:
+            raise EngineError(
+                f"{self._sampler.num_unfinished} sequences are still being sampled from these weights; exhaust or "
+                "close the stream before the optimizer changes them"
+            )
+        stats = self.trainer.optim_step(learning_rate)
+        if self._sampler is not None:
+            self._sampler.cache.forget()
+        return stats
+
+    # ---- keeping ----
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """A Hugging Face directory that transformers, and `from_pretrained`, load. Atomic. Raises CheckpointError."""
+        save_pretrained(path, self.model, self.tokenizer)
+
+    def save_state(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """All that training needs to go on bit for bit, with `extra` beside it. Atomic. Raises CheckpointError."""
+        save_state(path, self.trainer, extra or {})
+
+    def load_state(self, path: str | Path) -> dict[str, Any]:
+        """Restores what `save_state` wrote; returns its `extra`. Raises CheckpointError."""
+        extra = load_state(path, self.trainer)
+        if self._sampler is not None:
+            self._sampler.clear()
+        return extra
+
+    # ---- looking ----
+
+    @property
+    def weight_version(self) -> int:
+        """How many optimizer steps these weights have seen."""
+        return self._trainer.weight_version if self._trainer else 0
+
+    @property
+    def trainer(self) -> Trainer:
+        """Made at first use: an engine that only samples has no optimizer state."""
+        if self._trainer is None:
+            self._trainer = Trainer(self.model, self.config)
+        return self._trainer
+
+    @property
+    def sampler(self) -> Sampler:
+        """Made at first use: an engine that only trains has no KV pool."""
+        if self._sampler is None:
+            self._sampler = Sampler(self.model, self.config, self.tokenizer)
+        return self._sampler
+
+    def weight_addresses(self) -> dict[str, tuple[int, int]]:
+        """Where each compute weight lies and how many bytes it has: the same before and after every rollout and every
+        optimizer step, because nothing is copied or sent between sampling and training."""
+        return {weight.name: (weight.data.data_ptr(), weight.nbytes) for weight in self.model.weights()}
+
+    # ---- inside ----
+
+    def _submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        streaming: bool = False,
+    ) -> int:
+        if isinstance(prompts, str):
+            raise InputError("prompts is one string; pass a list of prompts")
+        ids = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(ids)
+        else:
+            each = list(params)
+            if len(each) != len(ids):
+                raise InputError(f"{len(each)} SamplingParams for {len(ids)} prompts; pass one, or one for each")
+        self._requests += 1
+        request = self._requests
+        fresh = secrets.randbits(62)
+        for index, (prompt, p) in enumerate(zip(ids, each, strict=True)):
+            self.sampler.add(request, index, prompt, p, fresh if p.seed is None else p.seed)
+        self._inboxes[request] = Inbox([p.n for p in each], self.tokenizer, self.weight_version, streaming)
+        return request
+
+    def _encode(self, prompt: Prompt, index: int, whole: bool = False) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError(f"prompt {index} is text and this engine has no tokenizer; pass token ids")
+            prompt = self.tokenizer.encode(prompt)
+        prompt = list(prompt)
+        if not prompt:
+            raise InputError(f"prompt {index} is empty; it needs at least one token")
+        vocab = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            bad = next(t for t in prompt if not 0 <= t < vocab)
+            raise InputError(f"prompt {index} holds token id {bad}; the vocabulary is 0 to {vocab - 1}")
+        context = self.model.config.max_position_embeddings
+        if len(prompt) > context - (not whole):
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens; the model's context is {context}, and at least "
+                "one must be left to sample: shorten the prompt"
+            )
+        if not whole and len(prompt) > (pool := self.config.kv_tokens // self.config.page_size * self.config.page_size):
+            raise CapacityError(
+                f"prompt {index} has {len(prompt)} tokens; the KV pool holds {pool}: raise "
+                "EngineConfig.kv_tokens or shorten the prompt"
+            )
+        return prompt
+
+    def _step(self) -> None:
+        """One step of the sampler; what comes out goes to the request it belongs to."""
+        sampler = self.sampler
+        try:
+            result = sampler.step()
+        except Exception:
+            sampler.clear()  # a failed step leaves no half-sampled sequence behind
+            raise
+        if result is None:
+            raise EngineError("the sampler has nothing to run but a request is not complete; it was cleared")
+        alive, finished = result
+        for slot in alive:
+            sequence = sampler.slots.sequence[slot]
+            assert sequence is not None
+            inbox = self._inboxes[sequence.request_id]
+            if inbox.streaming:
+                span = slice(sequence.num_prompt_tokens + sequence.reported, int(sampler.slots.length[slot]))
+                inbox.progress(sequence, sampler.slots.tokens[slot, span], sampler.slots.logprobs[slot, span])
+        for sequence in finished:
+            self._inboxes[sequence.request_id].finish(sequence)
+
+    def _events(self, request: int) -> Iterator[StreamEvent]:
+        inbox = self._inboxes[request]
+        try:
+            while True:
+                yield from inbox.take()
+                if inbox.complete:
+                    return
+                self._step()
+        finally:
+            self._close(request)
+
+    def _close(self, request: int) -> None:
+        if not self._inboxes.pop(request).complete:
+            self.sampler.abort(request)

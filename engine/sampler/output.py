@@ -1,0 +1,95 @@
+"""From sequences to what the caller sees: completions, and events of a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.sampler.request import Sequence
+from engine.tokenizer import StreamDecoder, Tokenizer
+from engine.types import Completion, StreamEvent
+
+
+class Inbox:
+    """The results of one request, in the order of its prompts."""
+
+    def __init__(self, counts: list[int], tokenizer: Tokenizer | None, weight_version: int, streaming: bool) -> None:
+        self.streaming = streaming
+        self._tokenizer = tokenizer
+        self._weight_version = weight_version
+        self._done: list[list[Completion | None]] = [[None] * n for n in counts]
+        self._missing = sum(counts)
+        self._events: list[StreamEvent] = []
+        self._decoders: dict[tuple[int, int], StreamDecoder] = {}
+
+    @property
+    def complete(self) -> bool:
+        return self._missing == 0
+
+    def completions(self) -> list[list[Completion]]:
+        """[P][n]; only when complete."""
+        return [[c for c in row if c is not None] for row in self._done]
+
+    def take(self) -> list[StreamEvent]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def progress(self, sequence: Sequence, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Tokens of a sequence that still runs."""
+        sequence.reported += len(tokens)
+        ids = tokens.tolist()
+        self._events.append(
+            StreamEvent(
+                sequence.prompt_index,
+                sequence.sample_index,
+                ids,
+                torch.from_numpy(logprobs.copy()),
+                self._text(sequence, ids),
+            )
+        )
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence that has ended, for whatever reason."""
+        completion = self._completion(sequence)
+        self._done[sequence.prompt_index][sequence.sample_index] = completion
+        self._missing -= 1
+        if self.streaming:
+            rest = completion.token_ids[sequence.reported :]
+            self._events.append(
+                StreamEvent(
+                    sequence.prompt_index,
+                    sequence.sample_index,
+                    rest,
+                    completion.logprobs[sequence.reported :],
+                    self._text(sequence, rest),
+                    completion,
+                )
+            )
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        params, ids = sequence.params, sequence.output.tolist()
+        if sequence.stop_text is not None:
+            text = sequence.stop_text
+        else:
+            text = self._tokenizer.decode(ids) if self._tokenizer else ""
+        filtered = params.top_k or params.top_p < 1 or params.min_p
+        return Completion(
+            token_ids=ids,
+            logprobs=torch.from_numpy(sequence.logprobs),
+            text=text,
+            finish_reason=sequence.finish_reason or "abort",
+            weight_version=self._weight_version,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            prompt_token_ids=sequence.prompt.tolist(),
+            kept_mass=torch.from_numpy(sequence.kept_mass) if filtered else None,
+            top_logprobs=sequence.alternatives if params.logprobs else None,
+        )
+
+    def _text(self, sequence: Sequence, ids: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        key = (sequence.prompt_index, sequence.sample_index)
+        if key not in self._decoders:
+            self._decoders[key] = StreamDecoder(self._tokenizer)
+        return self._decoders[key].push(ids)

@@ -1,0 +1,103 @@
+"""Runs a step on the model: packed tokens in, one sampled token per finished row out.
+
+# T tokens of the step, R rows sampled from, U distinct rows among them, D model width, V vocabulary
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import KVView, TokenBatch
+from engine.kernels.attention import AttentionPlan, allocate_pages
+from engine.kernels.graph import Graph
+from engine.kernels.linear import linear
+from engine.kernels.op import cpu_missing
+from engine.kernels.sample_token import sample_token, top_logprobs
+from engine.model import Transformer
+from engine.sampler.scheduler import Step
+from engine.sampler.slots import Slots
+
+LOGITS_BYTES = 64 << 20  # logits of at most this many bytes exist at once
+
+
+class Runner:
+    """Owns the KV pool and the recorded forward."""
+
+    def __init__(self, model: Transformer, num_pages: int, page_size: int, max_batch_tokens: int) -> None:
+        self.model = model
+        self.page_size = page_size
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for layer in model.layers:
+            keys, values = allocate_pages(num_pages, page_size, layer.attention.spec, model.dtype)
+            self.keys.append(keys)
+            self.values.append(values)
+        self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32)
+        self._plan = AttentionPlan()
+        self._graph: Graph | None = None
+        self._hidden: Tensor | None = None
+
+    @torch.no_grad()
+    def run(self, step: Step, slots: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict[int, float]]]:
+        """Computes the step and samples: tokens [R], log-probabilities [R], kept mass [R], and the most likely
+        alternatives of the slots that asked for them."""
+        hidden = self._forward(step, slots)
+        if step.copies:
+            source, target = (torch.tensor(pages) for pages in zip(*step.copies, strict=True))
+            for pool in (*self.keys, *self.values):
+                pool[target] = pool[source]
+        return self._sample(hidden, step, slots)
+
+    def _forward(self, step: Step, slots: Slots) -> Tensor:
+        num_new = step.num_new
+        total = step.num_tokens
+        start = np.zeros(len(num_new) + 1, dtype=np.int32)
+        np.cumsum(num_new, out=start[1:])
+        computed = slots.computed[step.slots]
+        owner = np.repeat(np.arange(len(num_new), dtype=np.int32), num_new)
+        positions = computed[owner] + (np.arange(total, dtype=np.int32) - start[owner])
+        self._tokens[:total] = torch.from_numpy(slots.tokens[step.slots[owner], positions])
+        context = computed + num_new
+        width = int(-(-context.max() // self.page_size))
+        tables = np.ascontiguousarray(slots.block_tables[step.slots, :width])
+        self._plan.build(*map(torch.from_numpy, (start, context, positions)), torch.from_numpy(tables), self.page_size)
+        if cpu_missing():  # no compiled kernels: nothing can be recorded
+            return self.model.forward(self._batch(total))
+        if self._graph is None:
+            with Graph() as graph:
+                self._hidden = self.model.forward(self._batch(len(self._tokens)))
+            self._graph = graph
+        self._graph.replay(total)
+        assert self._hidden is not None
+        return self._hidden
+
+    def _batch(self, rows: int) -> TokenBatch:
+        return TokenBatch(self._tokens[:rows], self._plan, KVView(self.keys, self.values))
+
+    def _sample(
+        self, hidden: Tensor, step: Step, slots: Slots
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict[int, float]]]:
+        chunk = max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
+        count = len(step.sample_slots)
+        tokens = np.empty(count, dtype=np.int32)
+        logprobs, kept_mass = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.float32)
+        alternatives: dict[int, dict[int, float]] = {}
+        for begin in range(0, count, chunk):
+            part = slice(begin, begin + chunk)
+            chosen = step.sample_slots[part]
+            rows, which = np.unique(step.sample_rows[part], return_inverse=True)
+            logits = linear(hidden[torch.from_numpy(rows).long()], self.model.head, out_dtype=torch.float32)  # [U, V]
+            if len(rows) < len(which):
+                logits = logits[torch.from_numpy(which)]  # [R, V]: siblings fork from one row
+            counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
+            columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
+            drawn = sample_token(logits, *(torch.from_numpy(c[chosen]) for c in columns), torch.from_numpy(counter))
+            tokens[part], logprobs[part], kept_mass[part] = (t.numpy() for t in drawn)
+            for index, slot in enumerate(chosen.tolist()):
+                if slots.watched[slot] and (k := slots.sequence[slot].params.logprobs):  # type: ignore[union-attr]
+                    heat = float(slots.temperature[slot]) or 1.0
+                    ids, values = top_logprobs(logits[index : index + 1], k, torch.tensor([1.0 / heat]))
+                    alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+        return tokens, logprobs, kept_mass, alternatives
