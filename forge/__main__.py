@@ -25,10 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     graph_file = argparse.ArgumentParser(add_help=False)
     graph_file.add_argument("graph", help="graph file (TOML)")
     graph_file.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
-    run = commands.add_parser("run", parents=[graph_file], help="run the graph and write its records")
+    run = commands.add_parser(
+        "run", allow_abbrev=False, parents=[graph_file], help="run the graph and write its records"
+    )
     run.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
     commands.add_parser("check", parents=[graph_file], help="check the graph, run nothing")
-    show = commands.add_parser("show", parents=[graph_file], help="print the graph")
+    show = commands.add_parser("show", allow_abbrev=False, parents=[graph_file], help="print the graph")
     show.add_argument("--mermaid", action="store_true", help="as a Mermaid flow chart")
     look = commands.add_parser("preview", parents=[graph_file], help="print the first walks, write nothing")
     look.add_argument("-n", type=int, default=3, metavar="WALKS", help="how many (3)")
@@ -64,8 +66,8 @@ def _run(graph: Graph, settings: RunSettings, resume: bool) -> int:
         return 0
     reason = result.last_failure.reason if result.last_failure else ""
     print(
-        f"error: {result.accepted} of {settings.records} records, then {settings.max_rejected_in_a_row} rows rejected in "
-        f"a row, the last because: {reason}; ask for fewer records or let the graph make more",
+        f"error: {result.accepted} of {settings.records} records, then {settings.max_rejected_in_a_row} rows rejected "
+        f"in a row, the last because: {reason}; ask for fewer records or let the graph make more",
         file=sys.stderr,
     )
     return 1

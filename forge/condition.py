@@ -98,12 +98,21 @@ def one_of(field: str, *values: Any) -> Condition:
     """The record has the field and it is one of `values` (hashable). Raises ConfigError when there are none."""
     if not values:
         raise ConfigError(f'one_of("{field}") lists no value; name at least one')
-    return Condition(field, frozenset(values), True)
+    return Condition(field, _value_set(field, values), True)
 
 
 def differs(field: str, *values: Any) -> Condition:
     """The record has the field and it is none of `values` (hashable)."""
-    return Condition(field, frozenset(values))
+    return Condition(field, _value_set(field, values))
+
+
+def _value_set(field: str, values: tuple[Any, ...]) -> frozenset[Any]:
+    try:
+        return frozenset(values)
+    except TypeError:
+        raise ConfigError(
+            f'a condition on "{field}" compares with {values!r}; use numbers, strings or booleans'
+        ) from None
 
 
 def merge(conditions: Iterable[Condition]) -> dict[str, Condition]:

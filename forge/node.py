@@ -21,6 +21,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -71,10 +72,10 @@ def parse_struct(kind: type[S], data: Mapping[str, Any], where: str) -> S:
 class Node:
     """One node of a graph: a kind of node bound to a name and to parameters.
 
-    `reads` and `writes` give the type of each field. `preconditions` holds one condition per field that must hold before
-    the node; `effects` one per field that the node writes, or deletes (`missing`), and holds after it. `call` takes the
-    record and a stream of draws and returns the fields written, or an awaitable of them; it is None for a nested
-    `graph`, which the walk enters instead.
+    `reads` and `writes` give the type of each field. `preconditions` holds one condition per field that must hold
+    before the node; `effects` one per field that the node writes, or deletes (`missing`), and holds after it. `call`
+    takes the record and a stream of draws and returns the fields written, or an awaitable of them; it is None for a
+    nested `graph`, which the walk enters instead.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Node:
     call: Callable[[Mapping[str, Any], Draws], dict[str, Any] | Awaitable[dict[str, Any]]] | None = None
     graph: Graph | None = None
 
-    @property
+    @cached_property
     def parameters_hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of the parameters; of a nested graph, its version."""
         if self.graph is not None:

@@ -4,14 +4,16 @@
     accepted.jsonl  one finished record per line
     rejected.jsonl  one row per line that was not accepted: its record as far as it came, and why
 
-Both files only grow, in the order of walks. Every row carries its provenance, so walk i of the run is in one file or the
-other, and the first index that is in neither is where the run continues.
+Both files only grow, in the order of walks. Every row carries its provenance, so walk i of the run is in one file or
+the other, and the first index that is in neither is where the run continues.
 """
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -138,13 +140,16 @@ class Store:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """Writes out and closes the files."""
+        """Writes out and closes the files, both even if one cannot be written."""
         files, self._files = self._files, []
-        try:
-            for file in files:
+        failed: OSError | None = None
+        for file in files:
+            try:
                 file.close()
-        except OSError as error:
-            raise self._failed(error) from error
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise self._failed(failed) from failed
 
     def _failed(self, error: OSError) -> StoreError:
         return StoreError(
@@ -177,38 +182,33 @@ class Store:
                 )
 
     def _recover(self) -> None:
-        rows = sorted(
-            (
-                (row, path, start)
-                for path in (self.folder / ACCEPTED, self.folder / REJECTED)
-                for row, start in _whole_rows(path)
-            ),
-            key=lambda each: each[0].provenance.walk,
-        )
+        """Reads what is there in the order of walks, and cuts both files after the last walk before a gap."""
         keep = {self.folder / ACCEPTED: 0, self.folder / REJECTED: 0}
-        for row, path, end in rows:
-            if row.provenance.walk != self.tally.next_walk:
-                break
-            self.tally.add(row.provenance, row.failure)
-            keep[path] = end
+        for row, path, end in heapq.merge(*map(_whole_rows, keep), key=lambda each: each[0].provenance.walk):
+            if row.provenance.walk == self.tally.next_walk:
+                self.tally.add(row.provenance, row.failure)
+                keep[path] = end
         for path, size in keep.items():
             if path.exists():
                 os.truncate(path, size)
 
 
-def _whole_rows(path: Path) -> list[tuple[_Row, int]]:
-    """The rows of a file, each with the offset of its end. A last line that is cut short or not JSON is left out."""
+def _whole_rows(path: Path) -> Iterator[tuple[_Row, Path, int]]:
+    """The rows of a file, each with the offset of its end; a last line that is cut short or not JSON is left out."""
     if not path.exists():
-        return []
-    decoder, found, end = msgspec.json.Decoder(_Row), [], 0
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # after the last newline comes nothing, or half a line
-        try:
-            row = decoder.decode(line)
-        except msgspec.DecodeError as error:
-            if number >= len(lines) - 1:
-                break
-            raise StoreError(f"line {number} of {path} is damaged ({error}); restore it, or start afresh") from None
-        end += len(line) + 1
-        found.append((row, end))
-    return found
+        return
+    decoder, end = msgspec.json.Decoder(_Row), 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = decoder.decode(line)
+            except msgspec.DecodeError as error:
+                if not next(file, b""):
+                    return
+                raise StoreError(
+                    f"line {number} of {path} is damaged ({error}); restore it, or start afresh without --resume"
+                ) from None
+            end += len(line)
+            yield row, path, end
