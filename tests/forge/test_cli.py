@@ -86,6 +86,8 @@ def test_check_show_and_preview_write_nothing(capsys, tmp_path):
         ("records=0", "records is 0; it must be at least 1"),
         ("nodes.sample_operands.parameters.min_digits=9", "operands of 9 to 4 digits"),
         ("records", "not of the form key=value"),
+        ("seed.first=1", '"seed" is a value, not a table'),
+        ("nodes.conclude=1", "Expected `object`, got `int`"),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_line(capsys, tmp_path, override, message):
@@ -98,6 +100,8 @@ def test_what_cannot_be_used_is_one_clear_line(capsys, tmp_path, override, messa
 def test_missing_file_and_unknown_option(capsys):
     assert main(["check", "no.toml"]) == 2
     assert "no such configuration file: no.toml" in capsys.readouterr().err
+    assert main(["check", "."]) == 2
+    assert ". cannot be read: Is a directory" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["run", EXAMPLE, "--resum"])
 
