@@ -198,8 +198,8 @@ class ChatTemplate:
     def _end_of_turn(self, text: str) -> int:
         """Where the turn's last token ends; templates write a newline after it."""
         stripped = text.rstrip()
-        ends = {*self.tokenizer.special_tokens, self.tokenizer.eos_token or "\n"}
-        return len(stripped) if stripped.endswith(tuple(ends)) else len(text)
+        ends = tuple(filter(None, (*self.tokenizer.special_tokens, self.tokenizer.eos_token)))
+        return len(stripped) if stripped.endswith(ends) else len(text)
 
     def _encode_segments(self, whole: str, segments: list[tuple[str, int]]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
