@@ -39,9 +39,15 @@ class Inbox:
         """Tokens of a sequence that still runs."""
         sequence.reported += len(tokens)
         ids = tokens.tolist()
-        self._events.append(StreamEvent(
-            sequence.prompt_index, sequence.sample_index, ids, torch.from_numpy(logprobs.copy()),
-            self._text(sequence, ids)))
+        self._events.append(
+            StreamEvent(
+                sequence.prompt_index,
+                sequence.sample_index,
+                ids,
+                torch.from_numpy(logprobs.copy()),
+                self._text(sequence, ids),
+            )
+        )
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence that has ended, for whatever reason."""
@@ -50,9 +56,16 @@ class Inbox:
         self._missing -= 1
         if self.streaming:
             rest = completion.token_ids[sequence.reported :]
-            self._events.append(StreamEvent(
-                sequence.prompt_index, sequence.sample_index, rest, completion.logprobs[sequence.reported :],
-                self._text(sequence, rest), completion))
+            self._events.append(
+                StreamEvent(
+                    sequence.prompt_index,
+                    sequence.sample_index,
+                    rest,
+                    completion.logprobs[sequence.reported :],
+                    self._text(sequence, rest),
+                    completion,
+                )
+            )
 
     def _completion(self, sequence: Sequence) -> Completion:
         params, ids = sequence.params, sequence.output.tolist()
