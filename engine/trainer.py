@@ -289,7 +289,7 @@ def _temperatures(inverses: list[float], counts: list[int]) -> Tensor | None:
 def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:
     row = int((~losses.isfinite()).nonzero()[0])
     return (
-        f"the loss of token {int(batch.positions[row])} of a sample is {float(losses[row])} (log-probability "
-        f"{float(batch.logprobs[row])}, advantage {float(batch.advantages[row])}, old log-probability "
+        f"the loss of token {int(batch.positions[row])} of a sample is {losses[row].item()} (log-probability "
+        f"{batch.logprobs[row].item()}, advantage {float(batch.advantages[row])}, old log-probability "
         f"{float(batch.old_logprobs[row])}); gradients were dropped: check the weights for NaN and infinity"
     )
