@@ -34,6 +34,33 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &Graph::size);
 
   // ---- linear ----
+  m.def("pack_rows", [](Address storage, int dtype, int64_t width, int64_t row, int64_t rows, Address source,
+                        int source_dtype, int64_t stride) {
+    pack_rows(at(storage), DType(dtype), width, row, rows, at(source), DType(source_dtype), stride);
+  }, NoGil());
+  m.def("unpack_rows", [](Address storage, int dtype, int64_t width, int64_t row, int64_t rows, Address target,
+                          int target_dtype, int64_t stride) {
+    unpack_rows(at(storage), DType(dtype), width, row, rows, at(target), DType(target_dtype), stride);
+  }, NoGil());
+  m.def("advise_huge_pages", [](Address data, int64_t bytes) { advise_huge_pages(at(data), bytes); });
+  m.def("linear", [](int64_t rows, int64_t columns, int64_t depth, int dtype, Address x, int64_t x_stride,
+                     Address weight, Address bias, int bias_dtype, Address out, int out_dtype) {
+    launch(rows, [=](int64_t tokens) {
+      linear({tokens, columns, depth}, DType(dtype), at(x), x_stride, at(weight), at(bias), DType(bias_dtype), at(out),
+             DType(out_dtype));
+    });
+  }, NoGil());
+  m.def("linear_grad_input", [](int64_t rows, int64_t columns, int64_t depth, int dtype, Address dy, int64_t dy_stride,
+                                Address weight, Address dx) {
+    linear_grad_input({rows, columns, depth}, DType(dtype), at(dy), dy_stride, at(weight), at(dx));
+  }, NoGil());
+  m.def("linear_grad_weight", [](int64_t rows, int64_t columns, int64_t depth, int dtype, Address dy,
+                                 int64_t dy_stride, Address x, int64_t x_stride, Address grad) {
+    linear_grad_weight({rows, columns, depth}, DType(dtype), at(dy), dy_stride, at(x), x_stride, at<float>(grad));
+  }, NoGil());
+  m.def("linear_grad_bias", [](int64_t rows, int64_t columns, int dtype, Address dy, int64_t dy_stride, Address grad) {
+    linear_grad_bias({rows, columns, 0}, DType(dtype), at(dy), dy_stride, at<float>(grad));
+  }, NoGil());
 
   // ---- attention ----
 
