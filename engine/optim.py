@@ -72,7 +72,7 @@ class AdamW:
             return
         fresh = {}
         for weight in self.weights:
-            master = weight.dense(dtype=torch.float32).clone()  # dense() may be a view of the compute weight
+            master = weight.dense(dtype=torch.float32)
             fresh[weight.name] = Moments(master, torch.zeros_like(master), torch.zeros_like(master))
         self.state = fresh
 

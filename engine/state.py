@@ -104,7 +104,7 @@ def _shards(trainer: Trainer) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
 def _tensors(weight: Weight, trainer: Trainer) -> dict[str, Tensor]:
     moments = trainer.optimizer.state.get(weight.name)
     if moments is None:
-        found = {"master": weight.dense(dtype=torch.float32).clone()}
+        found = {"master": weight.dense(dtype=torch.float32)}
     else:
         found = {"master": moments.master, "exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
     if trainer.num_accumulated:
