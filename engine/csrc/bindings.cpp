@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/attention_plan.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -63,6 +64,28 @@ PYBIND11_MODULE(_C, m) {
   }, NoGil());
 
   // ---- attention ----
+  py::class_<AttentionPlan>(m, "AttentionPlan")
+      .def(py::init<>())
+      .def("build", [](AttentionPlan& plan, Address cu_seqlens, Address context_lens, Address positions,
+                       int64_t num_sequences, Address block_tables, int64_t width, int64_t page_size) {
+        plan.build(at<int32_t>(cu_seqlens), at<int32_t>(context_lens), at<int32_t>(positions), num_sequences,
+                   at<int32_t>(block_tables), width, page_size);
+      })
+      .def_readonly("num_pages", &AttentionPlan::num_pages)
+      .def_readonly("version", &AttentionPlan::version);
+  m.def("attention_forward",
+        [](const AttentionPlan* plan, int dtype, int64_t rows, std::array<int64_t, 4> shape, float scale, float eps,
+           Address qkv, Address rope, int64_t rope_positions, Address keys, Address values, int64_t num_pages,
+           Address q_norm, Address k_norm, Address out, Address lse) {
+          AttentionArguments args{plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps,
+                                  at(qkv), at<float>(rope), rope_positions, at(keys), at(values), num_pages,
+                                  at(q_norm), at(k_norm), at(out), at<float>(lse)};
+          launch(rows, [args](int64_t now) {
+            check_attention(args, now);
+            attention_forward(args);
+          });
+        },
+        NoGil());
 
   // ---- rms_norm, swiglu, embedding ----
 

@@ -32,6 +32,27 @@ void linear_grad_bias(const LinearShape& shape, DType dtype, const void* dy, int
 
 // ---- attention ----
 
+class AttentionPlan;
+
+struct AttentionArguments {
+  const AttentionPlan* plan;
+  DType dtype;
+  int64_t num_heads, num_kv_heads, head_dim;
+  int64_t window;  // 0: none
+  float scale, eps;
+  const void* qkv;    // [T, (H + 2 K) Dh]
+  const float* rope;  // [rope_positions, Dh], cos | sin
+  int64_t rope_positions;
+  void *keys, *values;  // pages; see attention.inl
+  int64_t num_pages;
+  const void *q_norm, *k_norm;  // [Dh] or null
+  void* out;                    // [T, H Dh]
+  float* lse;                   // [T, H] log2 of the sum of 2^score, or null
+};
+
+void check_attention(const AttentionArguments& args, int64_t rows);  // throws std::invalid_argument
+void attention_forward(const AttentionArguments& args);
+
 // ---- rms_norm, swiglu, embedding ----
 
 // ---- token_logprob, sample_token ----
