@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,6 +17,7 @@ from engine.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from engine.model import Part, Transformer
+    from engine.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
 SINGLE = "model.safetensors"
@@ -80,26 +79,24 @@ def load_weights(directory: str | Path, model: Transformer) -> None:
 def save_pretrained(
     directory: str | Path,
     model: Transformer,
-    config: ModelConfig,
-    tokenizer_files: Iterable[str | Path] = (),
+    tokenizer: Tokenizer | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a directory that transformers (4 and 5) and `load_weights` read; weights in the model's own dtype.
 
     Streams: one tensor at a time is unpacked and written. Atomic: `directory` is the old checkpoint until the new one
-    is complete on the disk. `tokenizer_files` are copied under their own names. Raises CheckpointError (disk full,
-    weights that are not finite, a directory with foreign files in it) and leaves what was there.
+    is complete on the disk. The tokenizer's files go with it. Raises CheckpointError (disk full, weights that are not
+    finite, a directory with foreign files in it) and leaves what was there.
     """
-    sources = [Path(file) for file in tokenizer_files]
-    parts = model.parts()
+    config, parts = model.config, model.parts()
     shards = _plan_shards(parts, model.dtype, max_shard_bytes)
     with atomic_directory(directory, owns=OWNED) as tmp:
         _write_json(tmp / "config.json", model_config_to_hf(config, model.dtype))
         tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(tmp / "generation_config.json", {key: value for key, value in tokens.items() if value is not None})
-        for source in sources:
-            shutil.copyfile(source, tmp / source.name)
+        if tokenizer is not None:
+            tokenizer.save(tmp)
         weight_map: dict[str, str] = {}
         for index, shard in enumerate(shards):
             name = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
