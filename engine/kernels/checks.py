@@ -22,7 +22,9 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch
     Raises InputError, which names what differs.
     """
     sizes = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(want is not None and want != got for want, got in zip(shape, sizes, strict=True)):
+    if len(sizes) != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, sizes, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name} has shape {list(sizes)}; it must be [{wanted}]")
     if dtype is not None and tensor.dtype != dtype:
