@@ -128,6 +128,24 @@ def think_in_columns(operands: Operands, parameters: TraceParameters) -> Trace:
     return Trace(True, parameters.separator.join(steps), digits)
 
 
+class GlanceParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is thought where nothing is worked out."""
+
+    thought: str = "easy"
+
+
+class Glance(msgspec.Struct):
+    thinking: bool
+    thought: str
+    answer: str
+
+
+@node(version=1, preconditions=[missing("thinking")], postconditions=[equals("thinking", True)])
+def think_at_a_glance(operands: Operands, parameters: GlanceParameters) -> Glance:
+    """A thought that does no work before the answer: a habit that costs a model its accuracy, and worth unlearning."""
+    return Glance(True, parameters.thought, str(operands.left + operands.right))
+
+
 class Digits(msgspec.Struct):
     digits: list[int]
 

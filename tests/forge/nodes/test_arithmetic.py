@@ -14,6 +14,7 @@ from tests.forge.nodes_for_tests import call
 NODES = (
     arithmetic.sample_operands,
     arithmetic.think_in_columns,
+    arithmetic.think_at_a_glance,
     arithmetic.conclude,
     arithmetic.answer_directly,
     arithmetic.check_answer,
@@ -47,6 +48,11 @@ def test_columns_give_the_sum():
         left, right = problem["left"], problem["right"]
         answer = call(arithmetic.conclude, trace(left, right))
         assert answer == {"answer": str(left + right)}
+
+
+def test_glance_thinks_nothing_through_and_answers_right():
+    glance = call(arithmetic.think_at_a_glance, {"left": 57, "right": 68}, thought="simple")
+    assert glance == {"thinking": True, "thought": "simple", "answer": "125"}
 
 
 def test_operands_have_the_digits_asked_for():
@@ -106,7 +112,7 @@ def test_checker_rejects_a_wrong_answer():
             call(check, {"left": 57, "right": 68, "answer": wrong})
 
 
-def test_conversations_think_or_answer_directly():
+def test_conversations_think_glance_or_answer_directly():
     graph = Graph("arithmetic", NODES, goal=[has("messages")])
     seen = set()
     for walk in preview(graph, RunSettings(), 40):
@@ -114,7 +120,10 @@ def test_conversations_think_or_answer_directly():
         user, assistant = record["messages"]
         answer = str(record["left"] + record["right"])
         assert user == {"role": "user", "content": f"{record['left']}+{record['right']}="}
-        thought = f"<think>{trace(record['left'], record['right'])['thought']}</think>" if record["thinking"] else ""
-        assert assistant == {"role": "assistant", "content": thought + answer}
-        seen.add(record["thinking"])
-    assert seen == {True, False}
+        columns = trace(record["left"], record["right"])["thought"]
+        contents = (
+            [f"<think>{thought}</think>{answer}" for thought in (columns, "easy")] if record["thinking"] else [answer]
+        )
+        assert assistant["role"] == "assistant" and assistant["content"] in contents
+        seen.add((record["thinking"], "=" in assistant["content"]))
+    assert seen == {(True, True), (True, False), (False, False)}
