@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine import Engine, EngineConfig, SamplingParams
 from engine.batch import TokenBatch
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.kernels.linear import linear
@@ -34,6 +35,7 @@ CASES = {
     "seed_oss_output_bias": ("SeedOssForCausalLM", {"attention_out_bias": True, "mlp_bias": True}),
 }
 SAVED = ["llama_tied", "llama_biases", "llama_yarn", "qwen2_window", "qwen3_biases_tied", "mistral_window", "seed_oss"]
+ENGINE = ["llama3_scaling", "llama_tied", "qwen2", "qwen3_free_head_dim", "mistral_window", "seed_oss"]
 TOLERANCE = 1e-4  # logits of these models are a few units wide
 
 
@@ -81,6 +83,25 @@ def test_transformers_computes_the_same_from_what_we_save(tmp_path, case):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(again).__name__ == architecture
     assert torch.equal(logits_of_transformers(again.eval()), expected)
+
+
+@pytest.mark.parametrize("case", ENGINE)
+def test_decoding_through_the_kv_pool_agrees_with_transformers(tmp_path, case):
+    """Log-probabilities of sampled tokens (chunked prefill, then decode), and those of `score`, against theirs."""
+    architecture, overrides = CASES[case]
+    theirs = save_hf_tiny(tmp_path, architecture, **overrides)
+    engine = Engine.from_pretrained(
+        tmp_path, EngineConfig(dtype="float32", kv_tokens=1024, max_batch_tokens=24, threads=1)
+    )
+    params = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
+    for (completion,) in engine.generate(sequences(), params):
+        whole = completion.prompt_token_ids + completion.token_ids
+        with torch.no_grad():
+            logits = theirs(torch.tensor([whole])).logits[0, :-1].float()
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
+        begin = len(completion.prompt_token_ids) - 1
+        torch.testing.assert_close(completion.logprobs, expected[begin:], rtol=0.0, atol=TOLERANCE)
+        torch.testing.assert_close(engine.score([whole])[0], expected, rtol=0.0, atol=TOLERANCE)
 
 
 def test_shards_of_transformers_load_as_one_model(tmp_path):
