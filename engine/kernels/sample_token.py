@@ -65,7 +65,7 @@ def sample_token(
 
 
 def top_logprobs(logits: Tensor, k: int, inv_temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row, likeliest first: float32 [R, V] -> (ids int32 [R, k], logprobs float32 [R, k]).
+    """The k likeliest tokens of each row, likeliest first: logits float32 [R, V] -> (ids int32, logprobs float32) [R, k].
 
     The log-probabilities are those that `sample_token` and `token_logprob` report for the same tokens, bit for bit.
     Raises InputError for k outside [1, V].
