@@ -7,7 +7,7 @@ from engine.errors import InputError
 from engine.kernels.op import use_backend, use_isa
 from engine.kernels.sample_token import sample_token, top_logprobs
 from engine.kernels.token_logprob import inverse_temperature, logits_logprob, token_logprob
-from tests.kernels.cases import ISAS, assert_near, needs_cpu, randn, threads, weight_of
+from tests.kernels.cases import ISAS, assert_near, grad_of, needs_cpu, randn, threads, weight_of
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 pytestmark = needs_cpu
@@ -139,16 +139,16 @@ def test_gradients_match_float64_autograd(isa, dtype, use_entropy):
     chosen = logp.gather(1, targets.long()[:, None])[:, 0]
     (chosen @ g.double() - (logp * logp.exp()).sum(-1) @ h.double()).backward()
     limit = 4 if dtype == torch.bfloat16 else 32  # float32 sums run over 301 logits
-    assert_near(leaf.grad, wide.grad, dtype, ulps=limit)
-    assert_near(head.grad, wide_head.grad, dtype, ulps=limit)
+    assert_near(grad_of(leaf), grad_of(wide), dtype, ulps=limit)
+    assert_near(grad_of(head), grad_of(wide_head), dtype, ulps=limit)
 
 
 def test_gradient_of_a_token_that_cannot_be_drawn_is_finite():
     hidden, head = randn(2, 16, scale=200).requires_grad_(), weight_of(randn(99, 16), torch.float32, packed=True)
     logprobs, entropy = token_logprob(hidden, head, ids(2, 99))
     (logprobs.sum() + entropy.sum()).backward()
-    assert hidden.grad.isfinite().all()
-    assert head.grad.isfinite().all()
+    assert grad_of(hidden).isfinite().all()
+    assert grad_of(head).isfinite().all()
 
 
 def test_bits_do_not_depend_on_threads():
@@ -159,7 +159,7 @@ def test_bits_do_not_depend_on_threads():
         with threads(count):
             logprobs, entropy = token_logprob(hidden, head, ids(60, 2000), chunk=25)
             (logprobs.sum() + entropy.sum()).backward()
-        results.append((logprobs.detach(), entropy.detach(), hidden.grad, head.grad))
+        results.append((logprobs.detach(), entropy.detach(), grad_of(hidden), grad_of(head)))
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two, "1 and 2 threads")
 
