@@ -162,6 +162,7 @@ def model_config_from_hf(data: dict[str, Any]) -> ModelConfig:
     Keys that have no bearing on the arithmetic are ignored. Raises ConfigError for a missing size, an unknown
     architecture, and everything that would change the arithmetic in a way the engine does not offer.
     """
+    _check_kinds(data)
     row = _row_of_json(data)
     _refuse_foreign_arithmetic(data, row)
     values: dict[str, Any] = {"architecture": row.name, "rms_norm_eps": 1e-6}
@@ -223,6 +224,23 @@ def model_config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
     if row.model_type == "seed_oss":
         data["residual_dropout"] = 0.0  # transformers' own default is 0.1
     return data
+
+
+def _check_kinds(data: dict[str, Any]) -> None:
+    """The keys that are taken apart here must be of their kind; the plain ones are checked when they are converted."""
+    kinds = {
+        "a list": (list, ("architectures", "layer_types")),
+        "an object": (dict, ("rope_parameters", "rope_scaling", "quantization_config")),
+        "a number": (int | float, ("rope_theta", "max_window_layers", "max_position_embeddings", "num_hidden_layers")),
+        "text": (str, ("model_type", "hidden_act")),
+    }
+    for wanted, (kind, keys) in kinds.items():
+        for key in keys:
+            if data.get(key) is not None and not isinstance(data[key], kind):
+                raise ConfigError(f"config.json has {key}={data[key]!r:.80}; expected {wanted}")
+    for key in ("architectures", "layer_types"):
+        if not all(isinstance(item, str) for item in data.get(key) or []):
+            raise ConfigError(f"config.json has {key}={data[key]!r:.80}; expected a list of names")
 
 
 def _row(name: str) -> Architecture:

@@ -204,6 +204,18 @@ def test_harmless_unknown_keys_are_ignored():
     assert model_config_from_hf(PUBLISHED_LLAMA | {"favourite_colour": "blue"}) == model_config_from_hf(PUBLISHED_LLAMA)
 
 
+@pytest.mark.parametrize("junk", ["text", -3, 2.5, [], ["x", 1], {}, {"type": 4, "factor": "x"}, True, [[None]]])
+def test_junk_under_any_key_is_a_config_error_or_harmless(junk):
+    written = model_config_to_hf(tiny_config("Qwen3ForCausalLM"), torch.float32) | {"quantization_config": None}
+    for key in written:
+        try:
+            config = model_config_from_hf(written | {key: junk})
+        except ConfigError as error:
+            assert str(error)
+        else:
+            assert architecture_of(config).name == "Qwen3ForCausalLM"
+
+
 def test_yarn_falls_back_on_the_context_length():
     scaling = {"type": "yarn", "factor": 4.0, "beta_fast": None, "truncate": False}
     assert model_config_from_hf(PUBLISHED_LLAMA | {"rope_scaling": scaling}).rope_scaling == {

@@ -236,6 +236,15 @@ def damage_header(path):
     (path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"not json")
 
 
+def damage_header_entry(path):
+    text = json.dumps({"model.norm.weight": {"shape": [4], "data_offsets": [0, 16]}}).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+
+
+def damage_empty_index(path):
+    (path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+
+
 def damage_missing_shard(path):
     names = save_sharded(path, random_tensors())
     (path / names["model.norm.weight"]).unlink()
@@ -282,6 +291,8 @@ def damage_nothing_there(path):
         (damage_empty, "end inside its header"),
         (damage_pointer, "end inside its header"),
         (damage_header, "header cannot be read"),
+        (damage_header_entry, "header cannot be read"),
+        (damage_empty_index, "names no files"),
         (damage_missing_shard, r"lacks model-00004-of-00005\.safetensors, which model.*index\.json names"),
         (damage_truncated_shard, r"model-00004-of-00005\.safetensors is truncated"),
         (damage_index, "cannot be read as JSON"),
