@@ -9,6 +9,7 @@ the figure.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 import re
 import shutil
@@ -97,10 +98,11 @@ def read_bandwidth(size: int, repeats: int = 5) -> float:
     unit = threads * max(STREAMS) * 512
     size = max(unit, size // unit * unit)
     count = size // 8
-    buffer = torch.arange(count + 8)
-    skip = -buffer.data_ptr() % 64 // 8  # vectors are read aligned
-    buffer = buffer[skip : skip + count]
-    buffer -= skip
+    memory = mmap.mmap(-1, size)  # page-aligned, as the loop's aligned vectors need
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # small pages stop the prefetch at each 4 KiB
+    buffer = torch.frombuffer(memory, dtype=torch.int64)
+    torch.arange(count, out=buffer)
     rounds = max(1, (256 << 20) // size)
     total = count * (count - 1) // 2 * rounds % 2**64
     best = 0.0

@@ -71,12 +71,19 @@ def compare(rows: Sequence[Row], lower_is_better: bool = False) -> None:
         row.ratio = row.value / ours if lower_is_better else ours / row.value
 
 
+def aligned(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    everything = [header, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in everything
+    )
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table, columns aligned."""
-    lines = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    """The rows as a table."""
+    return aligned(HEADER, [row.cells() for row in rows])
 
 
 def show(benchmark: str, model: str, machine: Machine, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
