@@ -62,8 +62,13 @@ class Engine:
         return cls(model, config, Tokenizer.from_pretrained(path) if has_tokenizer else None)
 
     @classmethod
-    def from_config(cls, model_config: ModelConfig, config: EngineConfig | None = None, seed: int = 0,
-                    tokenizer: Tokenizer | None = None) -> Engine:
+    def from_config(
+        cls,
+        model_config: ModelConfig,
+        config: EngineConfig | None = None,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> Engine:
         """Random weights, a function of `seed`. Raises ConfigError."""
         config = config or EngineConfig()
         model = Transformer(model_config, DTYPES[config.dtype])
@@ -72,8 +77,9 @@ class Engine:
 
     # ---- sampling ----
 
-    def generate(self, prompts: Sequence[Prompt],
-                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[list[Completion]]:
         """`params.n` completions of each prompt, [P][n]. Prompts are text or token ids; `params` is one for all or one
         for each.
 
@@ -88,8 +94,9 @@ class Engine:
             self._close(request)
         return inbox.completions()
 
-    def stream(self, prompts: Sequence[Prompt],
-               params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[StreamEvent]:
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[StreamEvent]:
         """The same, as tokens come. Closing the iterator aborts what still runs; `abort` ends one prompt of it.
 
         Raises InputError, CapacityError.
@@ -128,7 +135,8 @@ class Engine:
         if self._sampler is not None and self._sampler.num_unfinished:
             raise EngineError(
                 f"{self._sampler.num_unfinished} sequences are still being sampled from these weights; exhaust or "
-                "close the stream before the optimizer changes them")
+                "close the stream before the optimizer changes them"
+            )
         stats = self.trainer.optim_step(learning_rate)
         if self._sampler is not None:
             self._sampler.cache.forget()
@@ -179,8 +187,12 @@ class Engine:
 
     # ---- inside ----
 
-    def _submit(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None,
-                streaming: bool = False) -> int:
+    def _submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        streaming: bool = False,
+    ) -> int:
         if isinstance(prompts, str):
             raise InputError("prompts is one string; pass a list of prompts")
         ids = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
@@ -212,11 +224,15 @@ class Engine:
             raise InputError(f"prompt {index} holds token id {bad}; the vocabulary is 0 to {vocab - 1}")
         context = self.model.config.max_position_embeddings
         if len(prompt) > context - (not whole):
-            raise InputError(f"prompt {index} has {len(prompt)} tokens; the model's context is {context}, and at least "
-                             "one must be left to sample: shorten the prompt")
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens; the model's context is {context}, and at least "
+                "one must be left to sample: shorten the prompt"
+            )
         if not whole and len(prompt) > (pool := self.config.kv_tokens // self.config.page_size * self.config.page_size):
-            raise CapacityError(f"prompt {index} has {len(prompt)} tokens; the KV pool holds {pool}: raise "
-                                "EngineConfig.kv_tokens or shorten the prompt")
+            raise CapacityError(
+                f"prompt {index} has {len(prompt)} tokens; the KV pool holds {pool}: raise "
+                "EngineConfig.kv_tokens or shorten the prompt"
+            )
         return prompt
 
     def _step(self) -> None:

@@ -14,11 +14,11 @@ class InputError(EngineError, ValueError):
 
 
 class CheckpointError(EngineError):
-    """A checkpoint that is missing, truncated or does not match the model."""
+    """A checkpoint that is missing, truncated, does not match the model, or cannot be written (a full disk)."""
 
 
 class CapacityError(EngineError):
-    """More than the KV pool, the context or the disk can hold."""
+    """More than the KV pool or the context can hold."""
 
 
 class ExactnessError(EngineError):

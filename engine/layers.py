@@ -46,8 +46,9 @@ class Attention:
         heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.spec = AttentionSpec(heads, kv_heads, width, window=row.window(config), eps=config.rms_norm_eps)
         self.rope = rope
-        self.qkv = Linear(f"{name}.qkv_proj", (heads + 2 * kv_heads) * width, config.hidden_size,
-                          row.has_qkv_bias(config), dtype)
+        self.qkv = Linear(
+            f"{name}.qkv_proj", (heads + 2 * kv_heads) * width, config.hidden_size, row.has_qkv_bias(config), dtype
+        )
         self.out = Linear(f"{name}.o_proj", config.hidden_size, heads * width, row.has_out_bias(config), dtype)
         self.q_norm = vector(f"{name}.q_norm.weight", width, dtype) if row.qk_norm else None
         self.k_norm = vector(f"{name}.k_norm.weight", width, dtype) if row.qk_norm else None

@@ -41,12 +41,19 @@ class Transformer:
         self.config = config
         self.dtype = dtype
         self.checkpointing = False  # recompute each layer in the backward instead of keeping its activations
-        self.embed = Weight("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), dtype,
-                            packed=config.tie_word_embeddings)
+        self.embed = Weight(
+            "model.embed_tokens.weight",
+            (config.vocab_size, config.hidden_size),
+            dtype,
+            packed=config.tie_word_embeddings,
+        )
         self.layers = [Layer(i, config, row, rope, dtype) for i in range(config.num_hidden_layers)]
         self.norm = vector("model.norm.weight", config.hidden_size, dtype)
-        self.head = (self.embed if config.tie_word_embeddings
-                     else matrix("lm_head.weight", config.vocab_size, config.hidden_size, dtype))
+        self.head = (
+            self.embed
+            if config.tie_word_embeddings
+            else matrix("lm_head.weight", config.vocab_size, config.hidden_size, dtype)
+        )
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states after the last norm, [T, D]; `head` turns rows of them into logits."""

@@ -20,6 +20,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.log": (0, 0),
     "engine.config": (0, 1),
     "engine.types": (0, 1),
+    "engine.atomic": (0, 1),
     "engine._C": (1, 0),
     "engine.kernels.": (1, 1),
     "engine.parallel.": (1, 1),

@@ -39,9 +39,15 @@ class Inbox:
         """Tokens of a sequence that still runs."""
         sequence.reported += len(tokens)
         ids = tokens.tolist()
-        self._events.append(StreamEvent(
-            sequence.prompt_index, sequence.sample_index, ids, torch.from_numpy(logprobs.copy()),
-            self._text(sequence, ids)))
+        self._events.append(
+            StreamEvent(
+                sequence.prompt_index,
+                sequence.sample_index,
+                ids,
+                torch.from_numpy(logprobs.copy()),
+                self._text(sequence, ids),
+            )
+        )
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence that has ended, for whatever reason."""
@@ -50,9 +56,16 @@ class Inbox:
         self._missing -= 1
         if self.streaming:
             rest = completion.token_ids[sequence.reported :]
-            self._events.append(StreamEvent(
-                sequence.prompt_index, sequence.sample_index, rest, completion.logprobs[sequence.reported :],
-                self._text(sequence, rest), completion))
+            self._events.append(
+                StreamEvent(
+                    sequence.prompt_index,
+                    sequence.sample_index,
+                    rest,
+                    completion.logprobs[sequence.reported :],
+                    self._text(sequence, rest, last=True),
+                    completion,
+                )
+            )
 
     def _completion(self, sequence: Sequence) -> Completion:
         params, ids = sequence.params, sequence.output.tolist()
@@ -73,10 +86,11 @@ class Inbox:
             top_logprobs=sequence.alternatives if params.logprobs else None,
         )
 
-    def _text(self, sequence: Sequence, ids: list[int]) -> str:
+    def _text(self, sequence: Sequence, ids: list[int], last: bool = False) -> str:
         if self._tokenizer is None:
             return ""
         key = (sequence.prompt_index, sequence.sample_index)
         if key not in self._decoders:
             self._decoders[key] = StreamDecoder(self._tokenizer)
-        return self._decoders[key].push(ids)
+        decoder = self._decoders[key]
+        return decoder.push(ids) + (decoder.finish() if last else "")

@@ -86,6 +86,7 @@ class Sampler:
 
     def abort(self, request_id: int, prompt_index: int | None = None) -> list[Sequence]:
         """Ends the sequences of a request (of one of its prompts); they keep what was sampled."""
+
         def hit(sequence: Sequence) -> bool:
             return sequence.request_id == request_id and prompt_index in (None, sequence.prompt_index)
 
@@ -113,7 +114,8 @@ class Sampler:
         if tokens.min() < 0:
             raise NumericsError(
                 f"the logits of {int((tokens < 0).sum())} of {len(tokens)} rows are not finite, so no token can be "
-                "sampled; check the weights (the last optimizer step, or the checkpoint) for NaN and infinity")
+                "sampled; check the weights (the last optimizer step, or the checkpoint) for NaN and infinity"
+            )
         stats.sampled_tokens += len(tokens)
         slots.append(step.sample_slots, tokens, logprobs, kept_mass)
         for slot, choices in alternatives.items():
@@ -151,4 +153,3 @@ class Sampler:
             self.scheduler.finish(slot)
         self.scheduler.waiting.clear()
         self.cache.forget()
-

@@ -75,8 +75,11 @@ class Scheduler:
         last_row = np.cumsum(num_new, dtype=np.int32) - 1
         sample_slots, sample_rows = running[complete], last_row[complete]
         copies: list[tuple[int, int]] = []
-        forks = [(slot, row) for slot, row in zip(sample_slots.tolist(), sample_rows.tolist(), strict=True)
-                 if slots.sequence[slot].siblings]  # type: ignore[union-attr]
+        forks = [
+            (slot, row)
+            for slot, row in zip(sample_slots.tolist(), sample_rows.tolist(), strict=True)
+            if slots.sequence[slot].siblings
+        ]  # type: ignore[union-attr]
         if forks:
             forked = [(new, row) for slot, row in forks for new in self._fork(slot, copies)]
             sample_slots = np.concatenate([sample_slots, np.array([s for s, _ in forked], dtype=np.int32)])

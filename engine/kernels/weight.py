@@ -1,0 +1,121 @@
+"""A weight of the model: the only copy of one matrix or vector, in the layout that the kernels read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+from engine.kernels.op import cpu_missing, extension
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/common.h numbers them
+PANEL = 16  # rows of a packed panel
+_CHUNK_ROWS = 4096  # rows converted at a time when a source dtype needs a detour through fp32
+
+
+class Weight:
+    """One matrix [N, K] or vector [N], stored once in `data`.
+
+    A packed matrix lies in panels of 16 rows: fp32 [ceil(N/16), K, 16], bf16 [ceil(N/16), ceil(K/2), 16, 2], where
+    rows past N and the column past an odd K are zero. Anything else is dense, and so is every weight where the C++
+    extension is missing (`packed` is then False whatever was asked for). `grad` is fp32 and dense, or None before the
+    first gradient; kernels add to it in place. `decay` says whether the optimizer's weight decay applies.
+
+    Made uninitialised in value (zeros); raises InputError for a dtype or shape that has no layout.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool, decay: bool = True) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"weight {name} is {dtype}; the kernels take torch.float32 and torch.bfloat16")
+        if len(shape) not in (1, 2) or min(shape) < 1:
+            raise InputError(f"weight {name} has shape {tuple(shape)}; a weight is a matrix [N, K] or a vector [N]")
+        if packed and len(shape) != 2:
+            raise InputError(f"weight {name} has shape {tuple(shape)}; only a matrix [N, K] can be packed")
+        self.name = name
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.packed = packed and not cpu_missing()
+        self.decay = decay
+        self.data = _storage(self.shape, dtype, self.packed)
+        self.grad: Tensor | None = None
+
+    def __repr__(self) -> str:
+        layout = "packed" if self.packed else "dense"
+        return f"Weight({self.name!r}, {self.shape}, {self.dtype}, {layout})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, padding included."""
+        return self.data.numel() * self.data.element_size()
+
+    def load_(self, dense: Tensor, row: int = 0) -> None:
+        """Writes rows [row, row + len(dense)) in place, rounding to the nearest value of `dtype` (ties to even).
+
+        `dense` is [rows, K], or [rows] for a vector, of any floating dtype. Raises InputError when it does not fit.
+        """
+        if not dense.is_floating_point():
+            raise InputError(f"weight {self.name} cannot be loaded from {dense.dtype}; give a floating dtype")
+        if dense.dim() != len(self.shape) or dense.shape[1:] != self.shape[1:]:
+            raise InputError(f"weight {self.name} is {self.shape}; a tensor {tuple(dense.shape)} has no rows for it")
+        self._check_rows(row, dense.shape[0])
+        if not self.packed:
+            self.data[row : row + dense.shape[0]].copy_(dense)
+        elif dense.dtype not in DTYPES:
+            for begin in range(0, dense.shape[0], _CHUNK_ROWS):
+                self.load_(dense[begin : begin + _CHUNK_ROWS].float(), row + begin)
+        else:
+            source = dense.detach() if dense.stride(1) == 1 else dense.detach().contiguous()
+            extension().pack_rows(
+                self.data.data_ptr(), DTYPES[self.dtype], self.shape[1], row, source.shape[0],
+                source.data_ptr(), DTYPES[source.dtype], source.stride(0),
+            )  # fmt: skip
+
+    def dense(self, row: int = 0, rows: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of rows [row, row + rows) (to the end by default) as [rows, K] or [rows], in `dtype` or the weight's.
+
+        Raises InputError when the rows are not there.
+        """
+        rows = self.shape[0] - row if rows is None else rows
+        self._check_rows(row, rows)
+        dtype = dtype or self.dtype
+        if not self.packed:
+            return self.data[row : row + rows].to(dtype, copy=True)
+        out = torch.empty((rows, self.shape[1]), dtype=dtype if dtype in DTYPES else torch.float32)
+        extension().unpack_rows(
+            self.data.data_ptr(), DTYPES[self.dtype], self.shape[1], row, rows,
+            out.data_ptr(), DTYPES[out.dtype], out.stride(0),
+        )  # fmt: skip
+        return out.to(dtype)
+
+    def grad_buffer(self) -> Tensor:
+        """`grad`, made of zeros on first use."""
+        if self.grad is None:
+            self.grad = _zeros(self.shape, torch.float32)
+        return self.grad
+
+    def zero_grad(self) -> None:
+        """Fills `grad` with zeros and keeps its memory."""
+        if self.grad is not None:
+            self.grad.zero_()
+
+    def _check_rows(self, row: int, rows: int) -> None:
+        if row < 0 or rows < 0 or row + rows > self.shape[0]:
+            raise InputError(f"weight {self.name} has {self.shape[0]} rows; [{row}, {row + rows}) is outside of it")
+
+
+def _storage(shape: tuple[int, ...], dtype: torch.dtype, packed: bool) -> Tensor:
+    if not packed:
+        return _zeros(shape, dtype)
+    rows, width = shape
+    panels = -(-rows // PANEL)
+    if dtype == torch.bfloat16:
+        return _zeros((panels, -(-width // 2), PANEL, 2), dtype)
+    return _zeros((panels, width, PANEL), dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros, on huge pages where the system has them: small pages stop the prefetch of a streamed weight."""
+    out = torch.empty(shape, dtype=dtype)
+    if not cpu_missing():
+        extension().advise_huge_pages(out.data_ptr(), out.numel() * out.element_size())
+    return out.zero_()
