@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import decode, exactness_cost, grpo_step, kernels, rollout, train_step
-from benchmarks.machine import processor
+from benchmarks.machine import processor, slug
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             text.append(f"## {name}, {model}\n\n{run(name, [*forwarded, f'--model={model}', *extra])}\n")
             print(text[-1], flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / (re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-") + ".md")
+    path = args.results / f"{slug()}.md"
     path.write_text("\n".join(text))
     print(f"written to {path}")
     return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def linear_cases(config: ModelConfig, dtype: torch.dtype, tokens: list[int]) -> 
             kind = "bytes" if rows == 1 else "flops"
             work = weight.nbytes if rows == 1 else 2 * rows * columns * width
             yield Case("linear", f"{name} T={rows} N={columns} K={width}", kind, work,
-                       lambda x=x, weight=weight: linear(x, weight),
-                       lambda x=x, dense=dense: functional.linear(x, dense))  # fmt: skip
+                       partial(linear, x, weight),
+                       partial(functional.linear, x, dense))  # fmt: skip
 
 
 def linear_gradient_cases(config: ModelConfig, dtype: torch.dtype, rows: int) -> Iterator[Case]:
@@ -100,6 +101,9 @@ def attention_cases(
     def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
+    def gradient(function: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> object:
+        return torch.autograd.grad(function(*inputs), inputs, d_out)
+
     flops_per_key = 2 * size(config).attention / config.num_hidden_layers
     for length in lengths:
         sequences = max(1, max(lengths) // length)
@@ -112,13 +116,13 @@ def attention_cases(
         flops = flops_per_key * sequences * length * (length + 1) / 2
         shape = f"S={sequences} T={rows} Dh={config.head_dim}"
         yield Case("attention prefill", shape, "flops", flops,
-                   lambda qkv=qkv, plan=plan: attention(qkv, spec, rope, plan),
-                   lambda q=q, k=k, v=v: sdpa(q, k, v, True))  # fmt: skip
+                   partial(attention, qkv, spec, rope, plan),
+                   partial(sdpa, q, k, v, causal=True))  # fmt: skip
         leaf, dy = qkv.clone().requires_grad_(), torch.randn(rows, spec.num_heads * spec.head_dim).to(dtype)
         leaves, dout = [t.clone().requires_grad_() for t in (q, k, v)], heads(spec.num_heads, sequences, length)
         yield Case("attention forward + backward", shape, "flops", 3 * flops,
-                   lambda leaf=leaf, plan=plan, dy=dy: torch.autograd.grad(attention(leaf, spec, rope, plan), leaf, dy),
-                   lambda leaves=leaves, dout=dout: torch.autograd.grad(sdpa(*leaves, True), leaves, dout),
+                   partial(gradient, partial(attention, spec=spec, rope=rope, plan=plan), [leaf], dy),
+                   partial(gradient, partial(sdpa, causal=True), leaves, dout),
                    )  # fmt: skip
     sequences, keys = decode
     pages_each = -(-keys // PAGE_SIZE)

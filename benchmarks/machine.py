@@ -70,7 +70,7 @@ def measure(quick: bool = False) -> Machine:
         threads=torch.get_num_threads(),
         gemm_bfloat16=gemm_peak(torch.bfloat16, quick),
         gemm_float32=gemm_peak(torch.float32, quick),
-        read_memory=read_bandwidth(read_bytes, repeats=3),
+        read_memory=read_bandwidth(read_bytes, repeats=1 if quick else 3),
         read_bytes=read_bytes,
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )
@@ -82,6 +82,11 @@ def processor() -> str:
     found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
     name = found[1] if found else platform.processor() or platform.machine()
     return " ".join(re.sub(r"\((R|TM|C)\)|CPU|Processor", " ", name, flags=re.IGNORECASE).split())
+
+
+def slug() -> str:
+    """The processor's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
 
 
 def gemm_peak(dtype: torch.dtype, quick: bool = False) -> float:
@@ -103,7 +108,7 @@ def read_bandwidth(size: int, repeats: int = 5) -> float:
         memory.madvise(mmap.MADV_HUGEPAGE)  # small pages stop the prefetch at each 4 KiB
     buffer = torch.frombuffer(memory, dtype=torch.int64)
     torch.arange(count, out=buffer)
-    rounds = max(1, (256 << 20) // size)
+    rounds = max(1, (64 << 20) // size)
     total = count * (count - 1) // 2 * rounds % 2**64
     best = 0.0
     for read in _readers(buffer, size, threads, rounds):

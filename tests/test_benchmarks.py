@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,19 @@ import pytest
 
 from benchmarks import machine, peers, workloads
 from benchmarks.__main__ import main as run_all
+from benchmarks.compare import main as compare_engines
 from benchmarks.table import Row, compare, peer_rows
 
 QUICK = ["--model=tiny", "--quick"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_once() -> Iterator[None]:
+    """One measurement of the machine serves every test."""
+    limits = machine.measure(quick=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "measure", lambda quick: limits)
+        yield
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -118,6 +129,31 @@ def test_peer_results_are_read_by_model_and_workload(tmp_path: Path) -> None:
         ("other", 20.0, 0.2),
         ("third (autocast)", 5.0, 0.05),
     ]
+
+
+def test_comparison_names_the_best_peer_and_the_share_of_the_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(peer: str, workload: str, metric: str, value: float, dtype: str = "bfloat16") -> dict[str, Any]:
+        return {"peer": peer, "model": "llama-110m", "workload": workload, "metric": metric, "value": value,
+                "dtype": dtype, "threads": 2}  # fmt: skip
+
+    path = tmp_path / "results.jsonl"
+    lines = [
+        line("machine", "limit", "dram_read_gbs", 50.0, "-"),
+        line("project", "W1", "decode_tok_s", 200.0),
+        line("fast", "W1", "decode_tok_s", 100.0),
+        line("slow", "W1", "decode_tok_s", 50.0),
+        line("project", "R1", "step_s", 2.0),
+        line("slow", "R1", "step_s", 8.0, "autocast"),
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    compare_engines([str(path), "--results", str(tmp_path)])
+    r1, w1 = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| llama-110m")]
+    # 100.1 million weights of 2 bytes, 200 times a second, are 40 GB/s
+    assert "fast 100" in w1 and "2.00x" in w1 and "80% of memory reads" in w1 and "slow 50" in w1
+    assert "slow autocast 8" in r1 and "4.00x" in r1
+    assert "2.00x" in next(tmp_path.glob("*-peers.md")).read_text()
 
 
 def test_ratio_says_how_many_times_better_ours_is() -> None:
