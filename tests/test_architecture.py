@@ -32,6 +32,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.losses": (3, 0),
     "engine.optim": (3, 0),
     "engine.packing": (3, 0),
+    "engine.response": (3, 0),
     "engine.tokenizer": (3, 0),
     "engine.chat": (3, 1),
     "engine.sampler.": (3, 2),

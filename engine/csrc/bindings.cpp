@@ -88,8 +88,65 @@ PYBIND11_MODULE(_C, m) {
         NoGil());
 
   // ---- rms_norm, swiglu, embedding ----
+  m.def("rms_norm", [](int dtype, Address x, Address delta, Address weight, Address sum, Address out, Address rstd,
+                       int64_t rows, int64_t width, float eps) {
+    launch(rows, [=](int64_t n) {
+      rms_norm(dtype, at(x), at(delta), at(weight), at(sum), at(out), at<float>(rstd), n, width, eps);
+    });
+  }, NoGil());
+  m.def("rms_norm_backward", [](int dtype, Address dy, Address d_sum, Address x, Address weight, Address rstd,
+                                Address dx, Address weight_grad, int64_t rows, int64_t width) {
+    rms_norm_backward(dtype, at(dy), at(d_sum), at(x), at(weight), at<float>(rstd), at(dx), at<float>(weight_grad),
+                      rows, width);
+  }, NoGil());
+  m.def("swiglu", [](int dtype, Address gate_up, Address out, int64_t rows, int64_t width) {
+    launch(rows, [=](int64_t n) { swiglu(dtype, at(gate_up), at(out), n, width); });
+  }, NoGil());
+  m.def("swiglu_backward", [](int dtype, Address dy, Address gate_up, Address d_gate_up, int64_t rows, int64_t width) {
+    swiglu_backward(dtype, at(dy), at(gate_up), at(d_gate_up), rows, width);
+  }, NoGil());
+  m.def("embedding", [](int dtype, Address tokens, Address weight, bool packed, Address out, int64_t rows,
+                        int64_t vocab, int64_t width) {
+    launch(rows, [=](int64_t n) {
+      embedding(dtype, at<int32_t>(tokens), at(weight), packed, at(out), n, vocab, width);
+    });
+  }, NoGil());
+  m.def("embedding_backward", [](int dtype, Address tokens, Address dy, Address weight_grad, int64_t rows,
+                                 int64_t width) {
+    embedding_backward(dtype, at<int32_t>(tokens), at(dy), at<float>(weight_grad), rows, width);
+  }, NoGil());
 
   // ---- token_logprob, sample_token ----
+  m.def("logits_logprob", [](Address logits, Address targets, Address inv_temperature, Address logprobs,
+                             Address entropy, Address stats, int64_t rows, int64_t vocab, int64_t count) {
+    launch(rows, [=](int64_t n) {
+      logits_logprob(at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature), at<float>(logprobs),
+                     at<float>(entropy), at<float>(stats), n, vocab, count);
+    });
+  }, NoGil());
+  m.def("logits_logprob_backward", [](int dtype, Address logits, Address targets, Address inv_temperature,
+                                      Address stats, Address entropy, Address d_logprob, Address d_entropy,
+                                      Address d_logits, int64_t rows, int64_t vocab) {
+    logits_logprob_backward(dtype, at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature),
+                            at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
+                            at(d_logits), rows, vocab);
+  }, NoGil());
+  m.def("sample_token", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
+                           Address seed, Address counter, Address tokens, Address logprobs, Address kept_mass,
+                           int64_t rows, int64_t vocab) {
+    launch(rows, [=](int64_t n) {
+      sample_token(at<float>(logits), at<float>(temperature), at<int32_t>(top_k), at<float>(top_p), at<float>(min_p),
+                   at<int64_t>(seed), at<int64_t>(counter), at<int32_t>(tokens), at<float>(logprobs),
+                   at<float>(kept_mass), n, vocab);
+    });
+  }, NoGil());
 
   // ---- adamw ----
+  m.def("adamw", [](int dtype, bool packed, double learning_rate, double beta1, double beta2, double eps,
+                    double weight_decay, double grad_scale, int64_t step, Address grad, Address master,
+                    Address exp_avg, Address exp_avg_sq, Address weight, int64_t rows, int64_t width) {
+    adamw(dtype, packed, {learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step}, at<float>(grad),
+          at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at(weight), rows, width);
+  }, NoGil());
+  m.def("squared_norm", [](Address values, int64_t count) { return squared_norm(at<float>(values), count); }, NoGil());
 }

@@ -1,10 +1,14 @@
 """Nodes that make addition problems with hybrid reasoning: a trace of thought, or a direct answer.
 
-A problem (left, right) is held out for evaluation exactly where (left * 31 + right) % held_out_every == 0.
+A problem is held out for evaluation exactly where the first 8 bytes of the SHA-256 of its question ("57+68="), read as
+a big-endian integer, are a multiple of `held_out_every`. Whoever draws problems elsewhere keeps apart from the training
+corpus by the same rule. It is a hash and no sum of the operands: (31 * left + right) % 10 would be (left + right) % 10,
+which holds out every sum that ends in 0 and leaves that column unseen in training.
 """
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Literal
 
 import msgspec
@@ -17,9 +21,11 @@ from forge.node import Reject, node
 MAX_REDRAWS = 10_000
 
 
-def is_held_out(left: int, right: int, held_out_every: int = 10) -> bool:
-    """Whether the problem belongs to the held-out split; with `held_out_every=0` none does."""
-    return held_out_every > 0 and (left * 31 + right) % held_out_every == 0
+def is_held_out(question: str, held_out_every: int = 10) -> bool:
+    """Whether the question belongs to the held-out split; with `held_out_every=0` none does."""
+    if not held_out_every:
+        return False
+    return int.from_bytes(sha256(question.encode()).digest()[:8], "big") % held_out_every == 0
 
 
 class OperandParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,9 +62,10 @@ def sample_operands(parameters: OperandParameters, draws: Draws) -> Problem:
     """Draws operands until the problem falls into the split."""
     for _ in range(MAX_REDRAWS):
         left, right = (_operand(parameters, draws) for _ in range(2))
-        held_out = is_held_out(left, right, parameters.held_out_every)
+        question = f"{left}+{right}="
+        held_out = is_held_out(question, parameters.held_out_every)
         if held_out == (parameters.split == "held_out"):
-            return Problem(left, right, f"{left}+{right}=", held_out)
+            return Problem(left, right, question, held_out)
     raise Reject(f"none of {MAX_REDRAWS} problems drawn is in the split {parameters.split}")
 
 
@@ -119,6 +126,24 @@ def think_in_columns(operands: Operands, parameters: TraceParameters) -> Trace:
     if carry:
         digits.append(carry)
     return Trace(True, parameters.separator.join(steps), digits)
+
+
+class GlanceParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is thought where nothing is worked out."""
+
+    thought: str = "easy"
+
+
+class Glance(msgspec.Struct):
+    thinking: bool
+    thought: str
+    answer: str
+
+
+@node(version=1, preconditions=[missing("thinking")], postconditions=[equals("thinking", True)])
+def think_at_a_glance(operands: Operands, parameters: GlanceParameters) -> Glance:
+    """A thought that does no work before the answer: a habit that costs a model its accuracy, and worth unlearning."""
+    return Glance(True, parameters.thought, str(operands.left + operands.right))
 
 
 class Digits(msgspec.Struct):

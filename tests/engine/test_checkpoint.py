@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out; the model here is a plain holder of tensors, so only the files are at stake."""
+"""Hugging Face directories in and out; the model here is a holder of weights without a forward."""
 
 import json
 import os
@@ -13,28 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.errors import CheckpointError, ConfigError
+from engine.kernels.weight import Weight
 from engine.tokenizer import Tokenizer
 from tests.tiny import FAMILIES, save_hf_tiny, save_tiny_tokenizer, tiny_config
-
-
-class HeldWeight:
-    """What the loader and the saver ask of a weight, on a plain tensor."""
-
-    def __init__(self, shape, dtype):
-        self.value = torch.full(shape, 7.0, dtype=dtype)
-
-    def load_(self, dense, row=0):
-        assert self.value[row : row + dense.shape[0]].shape == dense.shape
-        self.value[row : row + dense.shape[0]] = dense
-
-    def dense(self, row=0, rows=None, dtype=None):
-        return self.value[row : row + rows].to(dtype)
 
 
 @dataclass(frozen=True)
 class HeldPart:
     name: str
-    weight: HeldWeight
+    weight: Weight
     row: int
     shape: tuple[int, ...]
 
@@ -45,21 +32,22 @@ class HeldModel:
     def __init__(self, dtype=torch.float32, tied=False):
         self.dtype = dtype
         self.config = tiny_config(tie_word_embeddings=tied)
-        embed, fused = HeldWeight((9, 4), dtype), HeldWeight((10, 4), dtype)
+        embed = Weight("embed", (9, 4), dtype, packed=tied)
+        fused = Weight("fused", (10, 4), dtype, packed=True)
         self.held = [
             HeldPart("model.embed_tokens.weight", embed, 0, (9, 4)),
             HeldPart("model.layers.0.mlp.gate_proj.weight", fused, 0, (3, 4)),
             HeldPart("model.layers.0.mlp.up_proj.weight", fused, 3, (7, 4)),
-            HeldPart("model.norm.weight", HeldWeight((4,), dtype), 0, (4,)),
+            HeldPart("model.norm.weight", Weight("norm", (4,), dtype, packed=False), 0, (4,)),
         ]
         if not tied:
-            self.held.append(HeldPart("lm_head.weight", HeldWeight((9, 4), dtype), 0, (9, 4)))
+            self.held.append(HeldPart("lm_head.weight", Weight("head", (9, 4), dtype, packed=True), 0, (9, 4)))
 
     def parts(self):
         return self.held
 
     def tensors(self):
-        return {p.name: p.weight.value[p.row : p.row + p.shape[0]] for p in self.held}
+        return {p.name: p.weight.dense(p.row, p.shape[0]) for p in self.held}
 
 
 def random_tensors(dtype=torch.float32, tied=False):
@@ -295,7 +283,7 @@ def test_damage_is_found_before_the_first_weight_is_written(tmp_path, damage):
     model = HeldModel()
     with pytest.raises(CheckpointError):
         load_weights(tmp_path, model)
-    assert all((value == 7.0).all() for value in model.tensors().values())
+    assert all((value == 0.0).all() for value in model.tensors().values())
 
 
 def test_only_one_tensor_is_held_beside_the_model(tmp_path, monkeypatch):
@@ -346,7 +334,7 @@ def test_disk_that_refuses_leaves_the_old_checkpoint(tmp_path):
 def test_model_that_diverged_does_not_replace_a_good_checkpoint(tmp_path):
     old, bad = filled(), filled()
     save_pretrained(tmp_path / "out", old)
-    bad.parts()[0].weight.value[4, 2] = float("nan")
+    bad.parts()[0].weight.load_(torch.tensor([[0.0, 0.0, float("nan"), 0.0]]), row=4)
     with pytest.raises(CheckpointError, match=r"the model in memory: model\.embed_tokens\.weight .*nan at \[4, 2\]"):
         save_pretrained(tmp_path / "out", bad)
     load_weights(tmp_path / "out", bad)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from forge.__main__ import main
+from forge.nodes.arithmetic import is_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = str(ROOT / "examples" / "arithmetic_graph.toml")
@@ -37,7 +38,7 @@ def test_example_writes_the_corpus_of_the_demo(capsys):
         left, right = map(int, question.rstrip("=").split("+"))
         assert answer.endswith(f"</think>{left + right}" if row["thinking"] else str(left + right))
         assert answer.startswith("<think>") == row["thinking"]
-        assert (left * 31 + right) % 10 != 0, "a held-out problem is in the training corpus"
+        assert not is_held_out(question), "a held-out problem is in the training corpus"
         questions.add(question)
     assert len(questions) == 400
 
@@ -46,8 +47,7 @@ def test_held_out_corpus_shares_no_problem_with_the_training_corpus(capsys):
     override = "nodes.sample_operands.parameters.split=held_out"
     assert main(["run", EXAMPLE, override, "records=50", "output=held_out"]) == 0
     for row in read("held_out/accepted.jsonl"):
-        left, right = map(int, row["messages"][0]["content"].rstrip("=").split("+"))
-        assert (left * 31 + right) % 10 == 0
+        assert is_held_out(row["messages"][0]["content"])
 
 
 def test_options_may_stand_before_and_after_overrides(capsys):
@@ -62,8 +62,8 @@ def test_check_show_and_preview_write_nothing(capsys, tmp_path):
     assert main(["show", "--mermaid", EXAMPLE]) == 0
     assert main(["preview", "-n", "2", EXAMPLE]) == 0
     out = capsys.readouterr().out
-    assert "is sound: 6 nodes, 7 edges" in out
-    assert "think_in_columns (0.75) | answer_directly (0.25)" in out
+    assert "is sound: 7 nodes, 9 edges" in out
+    assert "think_in_columns (0.32) | think_at_a_glance (0.48) | answer_directly (0.2)" in out
     assert "flowchart LR" in out
     assert out.count("walk 0:") == 1 and out.count("walk 1:") == 1 and "walk 2:" not in out
     assert not list(tmp_path.iterdir())
@@ -84,8 +84,10 @@ def test_check_show_and_preview_write_nothing(capsys, tmp_path):
         ('goal=["message"]', '(did you mean "messages"?)'),
         ('unique=["lef"]', '(did you mean "left"?)'),
         ("records=0", "records is 0; it must be at least 1"),
-        ("nodes.sample_operands.parameters.min_digits=9", "operands of 9 to 4 digits"),
+        ("nodes.sample_operands.parameters.min_digits=9", "operands of 9 to 2 digits"),
         ("records", "not of the form key=value"),
+        ("seed.first=1", '"seed" is a value, not a table'),
+        ("nodes.conclude=1", "Expected `object`, got `int`"),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_line(capsys, tmp_path, override, message):
@@ -98,17 +100,20 @@ def test_what_cannot_be_used_is_one_clear_line(capsys, tmp_path, override, messa
 def test_missing_file_and_unknown_option(capsys):
     assert main(["check", "no.toml"]) == 2
     assert "no such configuration file: no.toml" in capsys.readouterr().err
+    assert main(["check", "."]) == 2
+    assert ". cannot be read: Is a directory" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["run", EXAMPLE, "--resum"])
 
 
 def test_run_that_falls_short_says_why_and_fails(capsys):
     one_digit = "nodes.sample_operands.parameters={min_digits=1, max_digits=1}"
-    assert main(["run", EXAMPLE, one_digit, "records=91", "max_rejected_in_a_row=600"]) == 1
+    there_are = sum(not is_held_out(f"{left}+{right}=") for left in range(10) for right in range(10))
+    assert main(["run", EXAMPLE, one_digit, "records=101", "max_rejected_in_a_row=900"]) == 1
     captured = capsys.readouterr()
-    assert "90 of 91 records, then 600 rows rejected in a row" in captured.err
+    assert f"{there_are} of 101 records, then 900 rows rejected in a row" in captured.err
     assert "left, right are those of walk" in captured.err
-    assert len(read("runs/arithmetic/accepted.jsonl")) == 90  # 100 problems, ten of them held out
+    assert len(read("runs/arithmetic/accepted.jsonl")) == there_are
 
 
 def test_nested_graph_file(capsys):

@@ -7,12 +7,14 @@ import pytest
 from engine import ConfigError
 from forge import Draws, Graph, Reject, has, preview
 from forge.nodes import arithmetic
+from forge.nodes.arithmetic import is_held_out
 from forge.run import RunSettings
 from tests.forge.nodes_for_tests import call
 
 NODES = (
     arithmetic.sample_operands,
     arithmetic.think_in_columns,
+    arithmetic.think_at_a_glance,
     arithmetic.conclude,
     arithmetic.answer_directly,
     arithmetic.check_answer,
@@ -48,21 +50,37 @@ def test_columns_give_the_sum():
         assert answer == {"answer": str(left + right)}
 
 
+def test_glance_thinks_nothing_through_and_answers_right():
+    glance = call(arithmetic.think_at_a_glance, {"left": 57, "right": 68}, thought="simple")
+    assert glance == {"thinking": True, "thought": "simple", "answer": "125"}
+
+
 def test_operands_have_the_digits_asked_for():
     lengths = Counter(len(str(p["left"])) for p in problems(900, min_digits=2, max_digits=4))
     assert sorted(lengths) == [2, 3, 4] and min(lengths.values()) > 240  # 300 expected, standard deviation 14
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_held_out_problems_are_those_of_the_rule(split):
+def test_problems_drawn_are_those_of_the_split(split):
     for problem in problems(300, split=split):
-        assert problem["held_out"] == (split == "held_out")
-        assert ((problem["left"] * 31 + problem["right"]) % 10 == 0) == (split == "held_out")
+        assert problem["held_out"] == (split == "held_out") == is_held_out(problem["question"])
+
+
+def test_held_out_rule_is_the_documented_hash():
+    held_out = [q for q in (f"{left}+{right}=" for left in range(10, 13) for right in range(10, 30)) if is_held_out(q)]
+    assert held_out == ["10+10=", "10+19=", "10+22=", "11+10=", "12+13="]
+
+
+def test_held_out_split_is_a_fair_sample():
+    """A tenth of the problems, with every last digit of the sum in both splits about as often."""
+    digits = Counter((a + b) % 10 for a in range(100, 200) for b in range(100, 200) if is_held_out(f"{a}+{b}="))
+    assert 900 < digits.total() < 1100  # 1000 expected, standard deviation 30
+    assert all(60 < digits[digit] < 140 for digit in range(10))  # 100 expected, standard deviation 10
 
 
 def test_nothing_is_held_out_on_request():
     drawn = problems(300, held_out_every=0)
-    assert any((p["left"] * 31 + p["right"]) % 10 == 0 for p in drawn)
+    assert any(is_held_out(p["question"], 10) for p in drawn)
     assert not any(p["held_out"] for p in drawn)
 
 
@@ -83,7 +101,7 @@ def test_parameters_that_cannot_be_used_are_refused(parameters, message):
 
 def test_split_that_holds_nothing_rejects_the_row():
     with pytest.raises(Reject, match="none of 10000 problems drawn is in the split held_out"):
-        problems(1, min_digits=2, max_digits=2, held_out_every=100_000, split="held_out")
+        problems(1, min_digits=2, max_digits=2, held_out_every=10**15, split="held_out")
 
 
 def test_checker_rejects_a_wrong_answer():
@@ -94,7 +112,7 @@ def test_checker_rejects_a_wrong_answer():
             call(check, {"left": 57, "right": 68, "answer": wrong})
 
 
-def test_conversations_think_or_answer_directly():
+def test_conversations_think_glance_or_answer_directly():
     graph = Graph("arithmetic", NODES, goal=[has("messages")])
     seen = set()
     for walk in preview(graph, RunSettings(), 40):
@@ -102,7 +120,10 @@ def test_conversations_think_or_answer_directly():
         user, assistant = record["messages"]
         answer = str(record["left"] + record["right"])
         assert user == {"role": "user", "content": f"{record['left']}+{record['right']}="}
-        thought = f"<think>{trace(record['left'], record['right'])['thought']}</think>" if record["thinking"] else ""
-        assert assistant == {"role": "assistant", "content": thought + answer}
-        seen.add(record["thinking"])
-    assert seen == {True, False}
+        columns = trace(record["left"], record["right"])["thought"]
+        contents = (
+            [f"<think>{thought}</think>{answer}" for thought in (columns, "easy")] if record["thinking"] else [answer]
+        )
+        assert assistant["role"] == "assistant" and assistant["content"] in contents
+        seen.add((record["thinking"], "=" in assistant["content"]))
+    assert seen == {(True, True), (True, False), (False, False)}
