@@ -41,14 +41,18 @@ def seconds(function: Callable[[], object]) -> float:
             gc.enable()
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Times every candidate `repeats` times, one after another in each round, after `warmup` untimed rounds."""
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, collect: bool = True
+) -> dict[str, Timing]:
+    """Times every candidate `repeats` times, one after another in each round, after `warmup` untimed rounds. `collect`
+    frees garbage before each round."""
     for _ in range(warmup):
         for function in candidates.values():
             function()
     runs: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
-        gc.collect()
+        if collect:
+            gc.collect()
         for name, function in candidates.items():
             runs[name].append(seconds(function))
     return {name: Timing(tuple(taken)) for name, taken in runs.items()}
@@ -71,5 +75,5 @@ def per_call(candidates: Mapping[str, Callable[[], object]], repeats: int, windo
 
         return run
 
-    timings = interleaved({name: loop(name) for name in candidates}, repeats)
+    timings = interleaved({name: loop(name) for name in candidates}, repeats, collect=False)
     return {name: Timing(tuple(run / calls[name] for run in t.runs)) for name, t in timings.items()}
