@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/attention_plan.h"
+#include "cpu/hash.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -86,6 +87,17 @@ PYBIND11_MODULE(_C, m) {
           });
         },
         NoGil());
+  m.def("attention_backward",
+        [](const AttentionPlan* plan, int dtype, int64_t rows, std::array<int64_t, 4> shape, float scale, float eps,
+           Address qkv, Address rope, int64_t rope_positions, Address q_norm, Address k_norm, Address out, Address lse,
+           Address d_out, Address d_qkv, Address d_q_norm, Address d_k_norm) {
+          AttentionArguments args{plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps,
+                                  at(qkv), at<float>(rope), rope_positions, nullptr, nullptr, plan->num_pages,
+                                  at(q_norm), at(k_norm), at(out), at<float>(lse)};
+          check_attention(args, rows);
+          attention_backward(args, at(d_out), at(d_qkv), at<float>(d_q_norm), at<float>(d_k_norm));
+        },
+        NoGil());
 
   // ---- rms_norm, swiglu, embedding ----
   m.def("rms_norm", [](int dtype, Address x, Address delta, Address weight, Address sum, Address out, Address rstd,
@@ -131,6 +143,9 @@ PYBIND11_MODULE(_C, m) {
                             at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
                             at(d_logits), rows, vocab);
   }, NoGil());
+  m.def("hash_seed", [](int64_t seed, int64_t counter) {
+    return int64_t(hash_seed(uint64_t(seed), uint64_t(counter)));
+  });
   m.def("sample_token", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
                            Address seed, Address counter, Address tokens, Address logprobs, Address kept_mass,
                            int64_t rows, int64_t vocab) {

@@ -29,28 +29,30 @@ _TEMPORARY_PAGE = 32  # page size where pages live as long as the call: a chunk 
 class AttentionSpec:
     """The shape of one attention layer.
 
-    With `window`, a query at position p sees keys p - window + 1 .. p. `scale` multiplies the scores, head_dim**-0.5
-    when None. `eps` is that of the q/k norm. Raises InputError for sizes the kernel does not take.
+    With `window`, a query at position p sees keys p - window + 1 .. p. `scale` multiplies the scores; 0 stands for
+    head_dim**-0.5. `eps` is that of the q/k norm. Raises InputError for sizes the kernel does not take.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     window: int | None = None
-    scale: float | None = None
+    scale: float = 0.0
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.head_dim < 16 or self.head_dim % 16 or self.head_dim > _MAX_HEAD_DIM:
             raise InputError(f"head_dim is {self.head_dim}; attention takes multiples of 16 up to {_MAX_HEAD_DIM}")
         if self.num_kv_heads < 1 or self.num_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise InputError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads {self.num_kv_heads}")
+            raise InputError(
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
         if self.window is not None and self.window < 1:
             raise InputError(f"window is {self.window}; it must be at least 1, or None for no window")
-        if self.scale is None:
+        if self.scale < 0:
+            raise InputError(f"scale is {self.scale}; it must be positive, or 0 for head_dim**-0.5")
+        if not self.scale:
             object.__setattr__(self, "scale", self.head_dim**-0.5)
-        elif self.scale <= 0:
-            raise InputError(f"scale is {self.scale}; it must be positive")
 
     @property
     def row_size(self) -> int:
@@ -58,9 +60,7 @@ class AttentionSpec:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def allocate_pages(
-    num_pages: int, page_size: int, spec: AttentionSpec, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def allocate_pages(num_pages: int, page_size: int, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Zero-filled pages for keys and values of one layer, each [num_pages, elements of a page], in the kernel's layout.
 
     Raises InputError for a page size that is no multiple of 16, or a dtype without kernels.
@@ -69,10 +69,14 @@ def allocate_pages(
         raise InputError(f"page_size is {page_size}; it must be a multiple of {_BLOCK}")
     if dtype not in DTYPES:
         raise InputError(f"pages cannot be {dtype}; attention takes torch.float32 and torch.bfloat16")
-    return (
-        torch.zeros((num_pages, spec.num_kv_heads * page_size * _depth(spec, dtype)), dtype=dtype),
-        torch.zeros((num_pages, spec.num_kv_heads * page_size * spec.head_dim), dtype=dtype),
-    )
+    size = spec.num_kv_heads * page_size
+    keys = torch.empty((num_pages, size * _depth(spec, dtype)), dtype=dtype)
+    values = torch.empty((num_pages, size * spec.head_dim), dtype=dtype)
+    for pages in (keys, values):
+        if not cpu_missing():  # decode streams through the pool: small pages of the system would stop prefetching
+            extension().advise_huge_pages(pages.data_ptr(), pages.numel() * pages.element_size())
+        pages.zero_()
+    return keys, values
 
 
 class AttentionPlan:
@@ -186,9 +190,9 @@ class _Attention(torch.autograd.Function):
         if ctx.plan.version != ctx.version:
             raise InputError("the attention plan was built anew between forward and backward; use one plan per batch")
         qkv, out, lse = ctx.saved_tensors
-        arguments = (qkv, spec_ := ctx.spec, ctx.rope, ctx.plan, ctx.q_norm, ctx.k_norm)
-        assert qkv.shape[1] == spec_.row_size, "the layer's shape changed between forward and backward"
-        return OP["backward"](d_out.to(qkv.dtype).contiguous(), out, lse, *arguments), None, None, None, None, None
+        d_qkv = OP["backward"](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, ctx.spec, ctx.rope, ctx.plan,
+                               ctx.q_norm, ctx.k_norm)  # fmt: skip
+        return d_qkv, None, None, None, None, None
 
 
 def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
@@ -211,12 +215,18 @@ def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, 
     assert values is not None
     if plan.block_tables is None:
         raise InputError("the plan has no block tables; attention with keys and values needs them")
-    shapes = [(*s[1:],) for s in _page_shapes(spec, plan.page_size, qkv.dtype)]
-    for name, pages, shape in (("keys", keys, shapes[0]), ("values", values, shapes[1])):
-        size = int(np.prod(shape))
-        if pages.dtype != qkv.dtype or pages.dim() != 2 or pages.shape[1] != size or not pages.is_contiguous():
-            raise InputError(f"{name} is {pages.dtype} {tuple(pages.shape)}; pages of {plan.page_size} tokens for {spec} "
-                             f"are {qkv.dtype} [num_pages, {size}]")  # fmt: skip
+    size = spec.num_kv_heads * plan.page_size
+    for name, pages, columns in (
+        ("keys", keys, size * _depth(spec, qkv.dtype)),
+        ("values", values, size * spec.head_dim),
+    ):
+        if pages.dtype != qkv.dtype or pages.dim() != 2 or pages.shape[1] != columns or not pages.is_contiguous():
+            raise InputError(
+                f"{name} is {pages.dtype} {tuple(pages.shape)}; pages of {plan.page_size} tokens for {spec} are "
+                f"{qkv.dtype} [num_pages, {columns}]"
+            )
+    if keys.shape[0] != values.shape[0]:
+        raise InputError(f"there are {keys.shape[0]} pages of keys and {values.shape[0]} of values; give as many")
 
 
 def _depth(spec: AttentionSpec, dtype: torch.dtype) -> int:
@@ -315,14 +325,18 @@ def _torch_backward(d_out: Tensor, out: Tensor, lse: Tensor | None, qkv: Tensor,
 # ---- C++: csrc/cpu/attention.inl ----
 
 
-def _native_arguments(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor,
-                      values: Tensor, q_norm: Weight | None, k_norm: Weight | None) -> tuple[Any, ...]:  # fmt: skip
-    norms = (0 if w is None else w.data.data_ptr() for w in (q_norm, k_norm))
-    return (
-        plan.native, DTYPES[qkv.dtype], qkv.shape[0],
-        (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.window or 0), spec.scale, spec.eps,
-        qkv.data_ptr(), rope.data_ptr(), rope.shape[0], keys.data_ptr(), values.data_ptr(), keys.shape[0], *norms,
-    )  # fmt: skip
+def _shared_arguments(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan) -> tuple[Any, ...]:
+    shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.window or 0)
+    return (plan.native, DTYPES[qkv.dtype], qkv.shape[0], shape, spec.scale, spec.eps, qkv.data_ptr(), rope.data_ptr(),
+            rope.shape[0])  # fmt: skip
+
+
+def _data(norm: Weight | None) -> int:
+    return 0 if norm is None else norm.data.data_ptr()
+
+
+def _gradient(norm: Weight | None) -> int:
+    return 0 if norm is None else norm.grad_buffer().data_ptr()
 
 
 def _cpu_forward(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
@@ -335,16 +349,28 @@ def _cpu_forward(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: Attention
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32) if want_lse else None
     extension().attention_forward(
-        *_native_arguments(qkv, spec, rope, plan, keys, values, q_norm, k_norm), out.data_ptr(),
+        *_shared_arguments(qkv, spec, rope, plan), keys.data_ptr(), values.data_ptr(), keys.shape[0],
+        _data(q_norm), _data(k_norm), out.data_ptr(),
         0 if lse is None else lse.data_ptr(),
     )  # fmt: skip
     return out, lse
 
 
+def _cpu_backward(d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, spec: AttentionSpec, rope: Tensor,
+                  plan: AttentionPlan, q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
+    d_qkv = empty(tuple(qkv.shape), qkv.dtype)
+    extension().attention_backward(
+        *_shared_arguments(qkv, spec, rope, plan), _data(q_norm), _data(k_norm),
+        out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), d_qkv.data_ptr(),
+        _gradient(q_norm), _gradient(k_norm),
+    )  # fmt: skip
+    return d_qkv
+
+
 OP = Op(
     "attention",
     [
-        Backend("cpu", {"forward": _cpu_forward}, why_not=cpu_missing),
+        Backend("cpu", {"forward": _cpu_forward, "backward": _cpu_backward}, why_not=cpu_missing),
         Backend("torch", {"forward": _torch_forward, "backward": _torch_backward}, exact=False),
     ],
 )

@@ -29,7 +29,8 @@ def rope_table(head_dim: int, theta: float, scaling: Scaling | None, max_positio
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in _KINDS:
-        raise ConfigError(f'rope_type is "{kind}"{nearest(str(kind), list(_KINDS))}; the engine has {", ".join(_KINDS)}')
+        known = ", ".join(_KINDS)
+        raise ConfigError(f'rope_type is "{kind}"{nearest(str(kind), list(_KINDS))}; the engine has {known}')
     frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     frequency, amplitude = _KINDS[kind](frequency, scaling, theta, max_positions)
     angle = torch.arange(max_positions).float()[:, None] * frequency[None]  # [P, Dh/2]

@@ -51,7 +51,10 @@ void AttentionPlan::build(const int32_t* starts, const int32_t* context_lens, co
 }
 
 void AttentionPlan::add_pages(int64_t s, int64_t context, const int32_t* table, int64_t width) {
-  const int64_t count = ceil_div(context, page_size);
+  const int64_t count = ceil_div(context, page_size), length = cu_seqlens[s + 1] - cu_seqlens[s];
+  if (!table && context != length)
+    refuse("sequence " + std::to_string(s) + " has " + std::to_string(length) + " rows and a context of " +
+           std::to_string(context) + " keys; earlier keys need block_tables");
   if (table && count > width)
     refuse("sequence " + std::to_string(s) + " has " + std::to_string(context) + " keys in pages of " +
            std::to_string(page_size) + ", more than its " + std::to_string(width) + " pages hold");

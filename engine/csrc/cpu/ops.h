@@ -52,6 +52,9 @@ struct AttentionArguments {
 
 void check_attention(const AttentionArguments& args, int64_t rows);  // throws std::invalid_argument
 void attention_forward(const AttentionArguments& args);
+// From the forward's arguments (its pages are not read): writes d_qkv, adds to d_q_norm and d_k_norm [Dh] or null.
+void attention_backward(const AttentionArguments& args, const void* d_out, void* d_qkv, float* d_q_norm,
+                        float* d_k_norm);
 
 // ---- rms_norm, swiglu, embedding ----
 
