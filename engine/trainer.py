@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import EngineConfig
 from engine.errors import EngineError, InputError, NumericsError
-from engine.kernels.token_logprob import token_logprob
+from engine.kernels.token_logprob import inverse_temperature, token_logprob
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
@@ -276,7 +276,7 @@ def _logprobs(where: str, name: str, values: Any, positions: Tensor, length: int
 def _inverse(temperature: float, where: str) -> float:
     if not (math.isfinite(temperature) and temperature >= 0.0):
         raise InputError(f"{where}: temperature is {temperature}; it must be finite and 0 (which counts as 1) or more")
-    return 1.0 / temperature if temperature else 1.0
+    return inverse_temperature(temperature)
 
 
 def _temperatures(inverses: list[float], counts: list[int]) -> Tensor | None:

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/attention_plan.h"
+#include "cpu/hash.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -142,6 +143,9 @@ PYBIND11_MODULE(_C, m) {
                             at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
                             at(d_logits), rows, vocab);
   }, NoGil());
+  m.def("hash_seed", [](int64_t seed, int64_t counter) {
+    return int64_t(hash_seed(uint64_t(seed), uint64_t(counter)));
+  });
   m.def("sample_token", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
                            Address seed, Address counter, Address tokens, Address logprobs, Address kept_mass,
                            int64_t rows, int64_t vocab) {

@@ -88,9 +88,9 @@ class Runner:
             part = slice(begin, begin + chunk)
             chosen = step.sample_slots[part]
             rows, which = np.unique(step.sample_rows[part], return_inverse=True)
-            logits = linear(hidden[torch.from_numpy(rows).long()], self.model.head, out_dtype=torch.float32)  # [U, V]
+            logits = linear(take_rows(hidden, rows), self.model.head, out_dtype=torch.float32)  # [U, V]
             if len(rows) < len(which):
-                logits = logits[torch.from_numpy(which)]  # [R, V]: siblings fork from one row
+                logits = take_rows(logits, which)  # [R, V]: siblings fork from one row
             counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
             columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
             drawn = sample_token(logits, *(torch.from_numpy(c[chosen]) for c in columns), torch.from_numpy(counter))
@@ -101,3 +101,11 @@ class Runner:
                     ids, values = top_logprobs(logits[index : index + 1], k, torch.tensor([1.0 / heat]))
                     alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
         return tokens, logprobs, kept_mass, alternatives
+
+
+def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
+    """x[rows] on the calling thread: torch would wake its own pool of threads, which then competes with the kernels'."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return x[int(rows[0]) : int(rows[-1]) + 1]
+    bits = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)
