@@ -10,6 +10,12 @@ from engine import ConfigError, EngineConfig, LossConfig, learning_rate
 from rl.advantage import ADVANTAGES
 
 
+def _at_least(config: msgspec.Struct, limit: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < limit:
+            raise ConfigError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be at least {limit}")
+
+
 class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Which environment: a file of `rl/envs`, or "module:Class"; `arguments` go to its constructor."""
 
@@ -136,9 +142,3 @@ class SFTConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("stop_at_accuracy and evaluation.every need an [env] to pose held-out problems")
         self.schedule.at(0, self.steps)
         _at_least(self, 1, "steps", "tokens_per_step", "max_tokens", "save_every")
-
-
-def _at_least(config: msgspec.Struct, limit: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < limit:
-            raise ConfigError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be at least {limit}")

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import engine
+from engine import Engine, EngineConfig, ModelConfig, Tokenizer
 from rl.config import NewModelConfig
 
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
@@ -32,8 +33,8 @@ def write_fresh_model(directory: Path, config: NewModelConfig, texts: Iterable[s
     the characters of `texts` and of printable ASCII. What was in the directory is replaced. Raises CheckpointError."""
     with TemporaryDirectory() as scratch:
         _write_tokenizer(Path(scratch), texts)
-        tokenizer = engine.Tokenizer.from_pretrained(scratch)
-    model_config = engine.ModelConfig(
+        tokenizer = Tokenizer.from_pretrained(scratch)
+    model_config = ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=tokenizer.vocab_size,
         hidden_size=config.hidden_size,
@@ -48,19 +49,19 @@ def write_fresh_model(directory: Path, config: NewModelConfig, texts: Iterable[s
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    fresh = engine.Engine.from_config(model_config, engine.EngineConfig(dtype="float32"), seed, tokenizer)
+    fresh = Engine.from_config(model_config, EngineConfig(dtype="float32"), seed, tokenizer)
     shutil.rmtree(directory, ignore_errors=True)
     fresh.save_pretrained(directory)
 
 
 def _write_tokenizer(directory: Path, texts: Iterable[str]) -> None:
-    backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     ascii_characters = "".join(map(chr, range(32, 127)))
     trainer = trainers.WordLevelTrainer(special_tokens=list(SPECIAL_TOKENS), show_progress=False)
     backend.train_from_iterator([ascii_characters, *texts], trainer)
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in THOUGHT_TOKENS])
+    backend.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in THOUGHT_TOKENS])
     backend.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from engine import ChatTemplate, Completion, Engine, EngineError, SamplingParams
+from engine import ChatTemplate, Completion, Engine, EngineError, InputError, SamplingParams
 from rl.env import Action, Boundary, Environment, Episode, Failure, Messages, Problem, Step
 
 T = TypeVar("T")
@@ -68,7 +68,9 @@ class Collector:
         if engine.tokenizer is None:
             raise EngineError("the model has no tokenizer.json; an environment speaks text, so rollouts need one")
         self.engine, self.env, self.template = engine, env, template
-        self.max_prompt_tokens, self.max_turns = max_prompt_tokens, max_turns
+        # One token at least must be left to sample, in the context and in the KV pool.
+        limit = min(engine.model.config.max_position_embeddings, engine.config.kv_tokens) - 1
+        self.max_prompt_tokens, self.max_turns = min(max_prompt_tokens, limit), max_turns
         self.tokenizer = engine.tokenizer
         self.eos = engine.model.config.eos_token_ids
         self.seconds = {"rollout": 0.0, "scoring": 0.0}
@@ -195,7 +197,9 @@ class Collector:
 
     def _text_after_turn(self, rollout: Rollout, messages: Messages) -> str:
         """What the template writes after the model's turn, less the end-of-turn token that the model itself wrote."""
-        after = self._text(rollout, messages).rpartition(TURN)[2]
+        _, turn, after = self._text(rollout, messages).rpartition(TURN)
+        if not turn:
+            raise InputError("the chat template drops earlier turns, so the model's own ids cannot be extended")
         if rollout.tokens[-1] in self.eos:
             after = after.removeprefix(self.tokenizer.decode([rollout.tokens[-1]], skip_special_tokens=False))
         return after
