@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/attention_plan.h"
+#include "cpu/hash.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -43,7 +44,6 @@ PYBIND11_MODULE(_C, m) {
                           int target_dtype, int64_t stride) {
     unpack_rows(at(storage), DType(dtype), width, row, rows, at(target), DType(target_dtype), stride);
   }, NoGil());
-  m.def("advise_huge_pages", [](Address data, int64_t bytes) { advise_huge_pages(at(data), bytes); });
   m.def("linear", [](int64_t rows, int64_t columns, int64_t depth, int dtype, Address x, int64_t x_stride,
                      Address weight, Address bias, int bias_dtype, Address out, int out_dtype) {
     launch(rows, [=](int64_t tokens) {
@@ -142,6 +142,9 @@ PYBIND11_MODULE(_C, m) {
                             at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
                             at(d_logits), rows, vocab);
   }, NoGil());
+  m.def("hash_seed", [](int64_t seed, int64_t counter) {
+    return int64_t(hash_seed(uint64_t(seed), uint64_t(counter)));
+  });
   m.def("sample_token", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
                            Address seed, Address counter, Address tokens, Address logprobs, Address kept_mass,
                            int64_t rows, int64_t vocab) {

@@ -32,7 +32,7 @@ def adamw_(
 ) -> None:
     """One step of AdamW (decoupled weight decay, arXiv 1711.05101) from `weight.grad_buffer()` times `grad_scale`.
 
-    `master`, `exp_avg` and `exp_avg_sq` are float32, dense, of the weight's shape, and are updated in place; `step` is 1
+    `master`, `exp_avg` and `exp_avg_sq` are float32, dense, of the weight's shape, and updated in place; `step` is 1
     for the first. The compute weight is written from the new master, rounded to its dtype, in its own layout, in the
     same pass. The gradient is left as it is. Raises InputError for a shape, dtype or step that does not fit.
     """

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def sample_token(
 
 
 def top_logprobs(logits: Tensor, k: int, inv_temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row, likeliest first: float32 [R, V] -> (ids int32 [R, k], logprobs float32 [R, k]).
+    """The k likeliest tokens of each row, likeliest first: [R, V] -> (ids int32, logprobs float32) [R, k].
 
     The log-probabilities are those that `sample_token` and `token_logprob` report for the same tokens, bit for bit.
     Raises InputError for k outside [1, V].
@@ -90,8 +91,8 @@ def _forward_cpu(logits: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, T
 
 def _forward_torch(logits: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definition in plain torch and Python, one row after the other, probabilities in float64."""
-    rows = logits.shape[0]
-    drawn = [_draw(logits[r], *(parameter[r].item() for parameter in parameters)) for r in range(rows)]
+    settings: list[tuple[Any, ...]] = list(zip(*(parameter.tolist() for parameter in parameters), strict=True))
+    drawn = [_draw(row, *setting) for row, setting in zip(logits, settings, strict=True)]
     tokens = torch.tensor([token for token, _ in drawn], dtype=torch.int32)
     kept_mass = torch.tensor([mass for _, mass in drawn], dtype=torch.float32)
     temperature = parameters[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,11 @@ def threads(count: int) -> Iterator[None]:
         extension().set_num_threads(before)
 
 
+def grad_of(tensor: Tensor | Weight) -> Tensor:
+    assert tensor.grad is not None, "no gradient arrived"
+    return tensor.grad
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
     difference = (actual.double() - expected.double()).abs()
@@ -52,7 +58,7 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, ulps: floa
     assert error <= limit, f"relative error {error:.2e}, limit {limit:.2e}"
 
 
-def record(build) -> tuple[Graph, object]:  # type: ignore[no-untyped-def]
+def record(build: Callable[[], Any]) -> tuple[Graph, Any]:
     """Records `build()`; returns the graph and what it returned, whose memory a replay fills."""
     with Graph() as graph:
         outputs = build()

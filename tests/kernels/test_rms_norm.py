@@ -4,7 +4,7 @@ import torch
 from engine.errors import InputError
 from engine.kernels.op import use_backend, use_isa
 from engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
-from tests.kernels.cases import DTYPES, ISAS, assert_near, needs_cpu, randn, record, threads, weight_of
+from tests.kernels.cases import DTYPES, ISAS, assert_near, grad_of, needs_cpu, randn, record, threads, weight_of
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 EPS = 1e-5
@@ -22,7 +22,7 @@ def gradients(dtype, shape, backend="cpu"):
         torch.autograd.backward([total, out], [a, b])
     wide, wide_weight = (x + delta).double().requires_grad_(), weight.dense().double().requires_grad_()
     torch.autograd.backward([wide, rms_norm_reference(wide, wide_weight, EPS)], [a.double(), b.double()])
-    return leaf.grad, weight.grad, wide.grad, wide_weight.grad
+    return grad_of(leaf), grad_of(weight), grad_of(wide), grad_of(wide_weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,9 +72,9 @@ def test_torch_backend_has_the_same_gradients():
 def test_weight_gradient_accumulates_over_calls():
     x, weight = randn(5, 20).requires_grad_(), weight_of(randn(20), torch.float32)
     rms_norm(x, weight, EPS).sum().backward()
-    once = weight.grad.clone()
+    once = grad_of(weight).clone()
     rms_norm(x, weight, EPS).sum().backward()
-    assert_same_bits(weight.grad, 2 * once, "gradient after two calls")
+    assert_same_bits(grad_of(weight), 2 * once, "gradient after two calls")
 
 
 def test_bits_do_not_depend_on_threads():
