@@ -97,13 +97,13 @@ def example(spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor, li
     qkv = torch.randn(sum(LENGTHS), spec.row_size).to(dtype)
     d_out = torch.randn(sum(LENGTHS), spec.num_heads * spec.head_dim).to(dtype)
     rope = rope_table(spec.head_dim, 10000.0, None, 300)
-    results = []
+    results: list[list[Tensor]] = []
     for compute in (torch.float64, dtype):
         x = qkv.to(compute, copy=True).requires_grad_()
         weights = [n.data.to(compute, copy=True).requires_grad_() for n in norms_of(spec, dtype)]
         out = definition(x, spec, rope, LENGTHS, *weights)
         results.append([out.detach(), *torch.autograd.grad(out, [x, *weights], d_out.to(compute))])
-    return qkv, d_out, *results
+    return qkv, d_out, results[0], results[1]
 
 
 def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, what: str) -> None:
