@@ -45,10 +45,16 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         settings = {**_json(files, "special_tokens_map.json", where), **_json(files, "tokenizer_config.json", where)}
-        self.bos_token = _content(settings.get("bos_token"))
-        self.eos_token = _content(settings.get("eos_token"))
-        self.pad_token = _content(settings.get("pad_token"))
-        self.chat_templates = _chat_templates(files, settings, where)
+        try:
+            self.bos_token = _content(settings.get("bos_token"))
+            self.eos_token = _content(settings.get("eos_token"))
+            self.pad_token = _content(settings.get("pad_token"))
+            self.chat_templates = _chat_templates(files, settings, where)
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{where}: the special tokens or the chat template are not written as Hugging Face writes them "
+                f"({type(error).__name__}: {error}); fetch its tokenizer files again"
+            ) from None
         self.special_tokens = frozenset(
             token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
         )
@@ -60,7 +66,12 @@ class Tokenizer:
         path = Path(directory)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; download the checkpoint and give the path to it")
-        files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+        try:
+            files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} cannot be read ({error.strerror}); check its permissions"
+            ) from None
         return cls(files, str(path))
 
     def save(self, directory: str | Path) -> None:
@@ -208,7 +219,10 @@ def _json(files: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
     """A special token is written as its text, or as an object with the text in it."""
-    return token["content"] if isinstance(token, dict) else token
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise TypeError(f"a special token is {text!r}")
+    return text
 
 
 def _chat_templates(files: dict[str, bytes], settings: dict[str, Any], where: str) -> dict[str, str]:
@@ -217,5 +231,8 @@ def _chat_templates(files: dict[str, bytes], settings: dict[str, Any], where: st
         return {"default": files["chat_template.jinja"].decode()}
     found = _json(files, "chat_template.json", where).get("chat_template") or settings.get("chat_template") or {}
     if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}
-    return {"default": found} if isinstance(found, str) else dict(found)
+        found = {entry["name"]: entry["template"] for entry in found}
+    templates = {"default": found} if isinstance(found, str) else dict(found)
+    if not all(isinstance(source, str) for source in templates.values()):
+        raise TypeError("a chat template is not text")
+    return templates

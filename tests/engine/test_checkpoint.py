@@ -162,6 +162,15 @@ def test_missing_head_of_an_untied_model_says_what_to_set(tmp_path):
         load_weights(tmp_path, HeldModel())
 
 
+def test_huge_finite_weights_are_taken(tmp_path):
+    tensors = random_tensors()
+    tensors["model.norm.weight"][:] = 3e38
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = HeldModel()
+    load_weights(tmp_path, model)
+    assert_holds(model, tensors)
+
+
 def test_rotary_buffer_of_old_checkpoints_is_ignored(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     save_file(random_tensors() | extra, tmp_path / "model.safetensors")
@@ -177,6 +186,12 @@ def damage_nan(path):
 def damage_infinity(path):
     tensors = random_tensors()
     tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, path / "model.safetensors")
+
+
+def damage_opposite_infinities(path):
+    tensors = random_tensors()
+    tensors["model.norm.weight"][:2] = torch.tensor([float("inf"), float("-inf")])
     save_file(tensors, path / "model.safetensors")
 
 
@@ -221,6 +236,15 @@ def damage_header(path):
     (path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"not json")
 
 
+def damage_header_entry(path):
+    text = json.dumps({"model.norm.weight": {"shape": [4], "data_offsets": [0, 16]}}).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+
+
+def damage_empty_index(path):
+    (path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+
+
 def damage_missing_shard(path):
     names = save_sharded(path, random_tensors())
     (path / names["model.norm.weight"]).unlink()
@@ -252,8 +276,12 @@ def damage_nothing_there(path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_nan, r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight has 1 values.*nan at \[2, 1\]"),
-        (damage_infinity, r"model\.norm\.weight has 1 values.*inf at \[3\]"),
+        (
+            damage_nan,
+            r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight holds NaN.* in 1 of 28 .*\(nan\) at \[2, 1\]",
+        ),
+        (damage_infinity, r"model\.norm\.weight holds NaN or infinity in 1 of 4 .*\(inf\) at \[3\]"),
+        (damage_opposite_infinities, r"model\.norm\.weight holds NaN or infinity in 2 of 4 .*\(inf\) at \[0\]"),
         (damage_missing_tensor, r"lacks model\.norm\.weight; it is incomplete"),
         (damage_unexpected_tensor, r"holds model\.layers\.0\.self_attn\.q_proj\.bias, which.*correct config\.json"),
         (damage_shape, r"model\.norm\.weight has shape \(5,\), expected \(4,\)"),
@@ -263,6 +291,8 @@ def damage_nothing_there(path):
         (damage_empty, "end inside its header"),
         (damage_pointer, "end inside its header"),
         (damage_header, "header cannot be read"),
+        (damage_header_entry, "header cannot be read"),
+        (damage_empty_index, "names no files"),
         (damage_missing_shard, r"lacks model-00004-of-00005\.safetensors, which model.*index\.json names"),
         (damage_truncated_shard, r"model-00004-of-00005\.safetensors is truncated"),
         (damage_index, "cannot be read as JSON"),
@@ -335,7 +365,9 @@ def test_model_that_diverged_does_not_replace_a_good_checkpoint(tmp_path):
     old, bad = filled(), filled()
     save_pretrained(tmp_path / "out", old)
     bad.parts()[0].weight.load_(torch.tensor([[0.0, 0.0, float("nan"), 0.0]]), row=4)
-    with pytest.raises(CheckpointError, match=r"the model in memory: model\.embed_tokens\.weight .*nan at \[4, 2\]"):
+    with pytest.raises(
+        CheckpointError, match=r"the model in memory: model\.embed_tokens\.weight .*\(nan\) at \[4, 2\]"
+    ):
         save_pretrained(tmp_path / "out", bad)
     load_weights(tmp_path / "out", bad)
     assert_holds(bad, old.tensors())

@@ -211,3 +211,21 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json holds a JSON list"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"eos_token": {}}, {"eos_token": 7}, {"chat_template": [{"name": "default"}]}, {"chat_template": {"default": 1}}],
+)
+def test_settings_of_the_wrong_kind_are_a_checkpoint_error(tmp_path, settings):
+    save_tiny_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="fetch its tokenizer files again"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_template_file_that_is_not_utf8_is_a_checkpoint_error(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="UnicodeDecodeError"):
+        Tokenizer.from_pretrained(tmp_path)

@@ -394,3 +394,17 @@ def test_forward_backward_works_inside_inference_mode():
     with torch.inference_mode():
         inside.forward_backward(samples, "sft")
     assert all(torch.equal(a, b) for a, b in zip(gradients(inside), gradients(outside), strict=True))
+
+
+def test_torch_has_its_threads_back_after_a_call_and_after_an_error():
+    trainer = make_trainer()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = []
+        trainer.forward_backward([Sample(**GOOD)], lambda b: (seen.append(torch.get_num_threads()), -b.logprobs)[1])
+        with pytest.raises(InputError):
+            trainer.forward_backward([], "sft")
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)

@@ -63,7 +63,7 @@ def test_check_show_and_preview_write_nothing(capsys, tmp_path):
     assert main(["preview", "-n", "2", EXAMPLE]) == 0
     out = capsys.readouterr().out
     assert "is sound: 7 nodes, 9 edges" in out
-    assert "think_in_columns (0.32) | think_at_a_glance (0.48) | answer_directly (0.2)" in out
+    assert "think_in_columns (0.45) | think_at_a_glance (0.45) | answer_directly (0.1)" in out
     assert "flowchart LR" in out
     assert out.count("walk 0:") == 1 and out.count("walk 1:") == 1 and "walk 2:" not in out
     assert not list(tmp_path.iterdir())
@@ -84,7 +84,7 @@ def test_check_show_and_preview_write_nothing(capsys, tmp_path):
         ('goal=["message"]', '(did you mean "messages"?)'),
         ('unique=["lef"]', '(did you mean "left"?)'),
         ("records=0", "records is 0; it must be at least 1"),
-        ("nodes.sample_operands.parameters.min_digits=9", "operands of 9 to 2 digits"),
+        ("nodes.sample_operands.parameters.min_digits=9", "operands of 9 to 3 digits"),
         ("records", "not of the form key=value"),
         ("seed.first=1", '"seed" is a value, not a table'),
         ("nodes.conclude=1", "Expected `object`, got `int`"),
