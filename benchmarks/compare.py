@@ -90,9 +90,19 @@ def table(lines: list[dict[str, Any]]) -> str:
         order = sorted(medians, key=lambda peer: medians[peer], reverse=not lower)
         named = [f"{peer} {figure(medians[peer])}" for peer in order]
         ratio = "" if not order else f"{(medians[order[0]] / mine if lower else mine / medians[order[0]]):.2f}x"
-        spread = f"{figure(mine)} {unit} ({figure(min(ours))}–{figure(max(ours))}, n={len(ours)})"
+        spread = f" ({figure(min(ours))}–{figure(max(ours))}, n={len(ours)})" if len(ours) > 1 else ""
         best, others = (named[0], ", ".join(named[1:])) if named else ("", "")
-        rows.append([model, workload, spread, share(model, workload, mine, limits), best, ratio, others])
+        rows.append(
+            [
+                model,
+                workload,
+                f"{figure(mine)} {unit}{spread}",
+                share(model, workload, mine, limits),
+                best,
+                ratio,
+                others,
+            ]
+        )
     return aligned(HEADER, rows)
 
 

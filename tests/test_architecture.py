@@ -163,3 +163,9 @@ def test_planted_violation_is_reported(module: str, source: str, complaint: str)
 )
 def test_import_that_points_down_is_let_through(module: str, source: str) -> None:
     assert violations(source, module) == []
+
+
+def test_every_floor_is_lived_on() -> None:
+    """A room that was renamed must not leave its old name here."""
+    modules = [module_name(path) for path in sources()] + ["engine._C"]
+    assert {room for room in FLOORS} <= {room_of(module) for module in modules}
