@@ -1,7 +1,7 @@
 // Paged attention, forward. One walk for prefill, chunked prefill, decode and training (online softmax, arXiv
 // 2112.05682, 2205.14135):
 //
-//   for every tile of 128 keys, aligned to position 0, in order
+//   for every tile of 64 keys, aligned to position 0, in order
 //     S = Q K^T                        one chain per score, along the head
 //     m' = max(m, max S), P = 2^(c S - m'), l = l 2^(m - m') + sum P
 //     O = O 2^(m - m') + P V           P rounded to the model's type, one chain per element, along the tile's keys
@@ -16,7 +16,9 @@
 #include "attention_tiles.inl"
 #include "rope.inl"
 
-constexpr int kRows = 32;               // rows computed together
+// Rows computed together. With 64 keys a tile, all that 16 rows work on stays in a 48 KB cache at Dh = 64 (prefill of
+// 1,024 tokens on one thread: 340 GFLOP/s, against 296 for 32 rows and 128 keys).
+constexpr int kRows = 16;
 constexpr float kNoScore = -1e30f;      // the running maximum before the first key
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -119,10 +121,10 @@ struct Workspace {
   float* sum;           // [rows][16 lanes]
   float* maximum;       // [rows], in units of log2
   int32_t *low, *high;  // [rows] the keys a row sees: low <= key < high
-  float* scores;        // [32][128]
-  T* probabilities;     // [32][128]
-  float* product;       // [32][dim]
-  T* values;            // [4 chunks][dim/16][32/pair][16][pair], where a chunk is not in one piece
+  float* scores;        // [16][64]
+  T* probabilities;     // [16][64]
+  float* product;       // [16][dim]
+  T* values;            // [2 chunks][dim/16][32/pair][16][pair], where a chunk is not in one piece
 };
 
 // Scores of `count` rows to probabilities, blocks [begin, end) of the tile at `tile`; rescale[r] = 2^(m - m').
@@ -283,7 +285,9 @@ static void attention_of(const AttentionArguments& args) {
   parallel_for(run_items, std::max<int64_t>(1, run_items / (8 * num_threads())), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) write_run<T>(args, plan.runs[i / heads], i % heads);
   });
-  parallel_for(int64_t(plan.tasks.size()) * heads, 1, [&](int64_t begin, int64_t end) {
+  // Where tasks abound, a thread takes all heads of one: they lie side by side in its pages.
+  const int64_t tasks = int64_t(plan.tasks.size()), grain = tasks >= 8 * num_threads() ? heads : 1;
+  parallel_for(tasks * heads, grain, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] Matrix matrix;
     for (int64_t i = begin; i < end; i++) attend_task<T>(args, plan.tasks[i / heads], i % heads);
   });

@@ -224,19 +224,20 @@ struct BackwardItem {
 
   // Back through the scale, RoPE and the norms, rounded into dqkv.
   void finish(BackwardWorkspace<T>& work) const {
-    alignas(64) float gradient[16 * kMaxHeadDim];
+    alignas(64) float gradient[16 * kMaxHeadDim], across[16 * kMaxHeadDim];
     float* d_norms = grads.partial_norms + (sequence * args.num_kv_heads + head) * 2 * dim;
     std::memset(d_norms, 0, size_t(2 * dim) * sizeof(float));
     auto write = [&](float* dy, const T* x, const T* norm, const float* cos_sin, float* d_norm) {
       for (int d = 0; d < dim; d += 16) store(dy + d, load(dy + d) * args.scale);
-      rotate_back(dy, cos_sin, dim, dy);
+      rotate(dy, cos_sin, dim, -1.f, dy);
       if (norm) norm_backward(x, norm, args.eps, dim, dy, d_norm);
       T* to = gradient_of(x);
       for (int d = 0; d < dim; d += 16) store(to + d, load(dy + d));
     };
     for (int64_t row = 0; row < rows; row += 16) {
-      for (int d = 0; d < dim; d++)
-        for (int r = 0; r < 16; r++) gradient[r * dim + d] = work.d_queries[d * R + row + r];
+      for (int d = 0; d < dim; d++) store(across + d * 16, load(work.d_queries + d * R + row));
+      for (int r = 0; r < 16; r++)
+        for (int d = 0; d < dim; d++) gradient[r * dim + d] = across[d * 16 + r];
       for (int r = 0; r < std::min<int64_t>(16, rows - row); r++)
         write(gradient + r * dim, query(row + r), static_cast<const T*>(args.q_norm), turn((row + r) / group), d_norms);
     }

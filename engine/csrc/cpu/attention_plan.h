@@ -8,7 +8,7 @@
 namespace caduceus {
 
 constexpr int kBlock = 16;     // keys in a block, the smallest page
-constexpr int kKeyTile = 128;  // keys folded at a time, tiles aligned to position 0: part of what the bits are
+constexpr int kKeyTile = 64;   // keys folded at a time, tiles aligned to position 0: part of what the bits are
 constexpr int kChunk = 32;     // keys in one step of P V; slots of a started chunk hold values or zeros
 
 // Queries [first_token, first_token + num_tokens) of a task against keys [key_begin, key_end) of one sequence.
