@@ -8,7 +8,7 @@ REQUIREMENTS := requirements.txt requirements-dev.txt
 SOURCES := setup.py pyproject.toml $(shell find engine/csrc -type f)
 # The stamp alone is not enough: the compiled file may have been cleaned away, or g++ installed since.
 RECOMPILE := $(if $(wildcard engine/_C*.so),,again)
-MODEL ?= llama-110m
+MODELS ?= llama-110m
 
 .PHONY: setup test demo lint bench clean again
 
@@ -44,9 +44,9 @@ test: setup lint
 demo: setup
 	@$(BIN)/python -m rl demo
 
-# Every benchmark on one model, written to benchmarks/results/<machine>.md (minutes; the machine should be idle).
+# Every benchmark, written to benchmarks/results/<machine>.md (minutes; the machine should be idle).
 bench: setup
-	@$(BIN)/python -m benchmarks --model $(MODEL)
+	@$(BIN)/python -m benchmarks --models $(MODELS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info engine/_C*.so

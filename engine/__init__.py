@@ -18,6 +18,9 @@ _PUBLIC = {
     "Sample": "engine.types",
     "TrainStats": "engine.types",
     "StepStats": "engine.types",
+    "LossBatch": "engine.losses",
+    "LossConfig": "engine.losses",
+    "learning_rate": "engine.optim",
     "Tokenizer": "engine.tokenizer",
     "ChatTemplate": "engine.chat",
     "EngineError": "engine.errors",
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
         InputError,
         NumericsError,
     )
+    from engine.losses import LossBatch, LossConfig
+    from engine.optim import learning_rate
     from engine.tokenizer import Tokenizer
     from engine.types import Completion, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
 

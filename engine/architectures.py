@@ -111,10 +111,14 @@ ARCHITECTURES = {
     )
 }
 
-# What each kind of RoPE scaling reads. The types that are not here (yarn, longrope, dynamic) are refused.
-ROPE_KEYS: dict[str, tuple[str, ...]] = {
+# What each kind of RoPE scaling must say, and may say; other types (longrope, dynamic) are refused.
+ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+ROPE_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -158,6 +162,7 @@ def model_config_from_hf(data: dict[str, Any]) -> ModelConfig:
     Keys that have no bearing on the arithmetic are ignored. Raises ConfigError for a missing size, an unknown
     architecture, and everything that would change the arithmetic in a way the engine does not offer.
     """
+    _check_kinds(data)
     row = _row_of_json(data)
     _refuse_foreign_arithmetic(data, row)
     values: dict[str, Any] = {"architecture": row.name, "rms_norm_eps": 1e-6}
@@ -219,6 +224,23 @@ def model_config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
     if row.model_type == "seed_oss":
         data["residual_dropout"] = 0.0  # transformers' own default is 0.1
     return data
+
+
+def _check_kinds(data: dict[str, Any]) -> None:
+    """The keys that are taken apart here must be of their kind; the plain ones are checked when they are converted."""
+    kinds = {
+        "a list": (list, ("architectures", "layer_types")),
+        "an object": (dict, ("rope_parameters", "rope_scaling", "quantization_config")),
+        "a number": (int | float, ("rope_theta", "max_window_layers", "max_position_embeddings", "num_hidden_layers")),
+        "text": (str, ("model_type", "hidden_act")),
+    }
+    for wanted, (kind, keys) in kinds.items():
+        for key in keys:
+            if data.get(key) is not None and not isinstance(data[key], kind):
+                raise ConfigError(f"config.json has {key}={data[key]!r:.80}; expected {wanted}")
+    for key in ("architectures", "layer_types"):
+        if not all(isinstance(item, str) for item in data.get(key) or []):
+            raise ConfigError(f"config.json has {key}={data[key]!r:.80}; expected a list of names")
 
 
 def _row(name: str) -> Architecture:
@@ -307,9 +329,9 @@ def _rope_of_json(data: dict[str, Any], max_positions: int) -> tuple[float, dict
             raise ConfigError(f"{key} differs by kind of layer ({', '.join(inner)}); the engine's layers are all alike")
         theta = inner.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
         inner.pop("partial_rotary_factor", None)
-        old_name = inner.pop("type", None)
-        inner.setdefault("rope_type", old_name or "default")
-        if inner["rope_type"] == "llama3":
+        old_name = inner.pop("type", "default")
+        inner.setdefault("rope_type", old_name)
+        if inner["rope_type"] in ("llama3", "yarn"):
             # transformers lets the top-level key win and falls back on the context length.
             outer = data.get("original_max_position_embeddings")
             if outer is not None:
@@ -329,28 +351,30 @@ def _check_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None
     """The dictionary with its type under `rope_type`, or None where it scales nothing. Raises ConfigError."""
     if not scaling:
         return None
-    inner = dict(scaling)
-    kind = inner.pop("rope_type", None) or inner.pop("type", None) or "default"
-    if kind == "default":
-        wanted: tuple[str, ...] = ()
-    elif kind in ROPE_KEYS:
-        wanted = ROPE_KEYS[kind]
-    else:
-        known = ["default", *ROPE_KEYS]
+    inner = {key: value for key, value in scaling.items() if value is not None}
+    old_name = inner.pop("type", "default")
+    kind = inner.pop("rope_type", old_name)
+    known = ["default", *ROPE_REQUIRED]
+    if kind not in known:
         raise ConfigError(f'rope_type is "{kind}"{nearest(str(kind), known)}; the engine knows {", ".join(known)}')
-    unknown = sorted(set(inner) - set(wanted))
-    if unknown:
+    required, optional = ROPE_REQUIRED.get(kind, ()), ROPE_OPTIONAL.get(kind, ())
+    wanted = [*required, *optional]
+    if unknown := sorted(set(inner) - set(wanted)):
         raise ConfigError(
-            f'RoPE scaling "{kind}" has no key "{unknown[0]}"{nearest(unknown[0], list(wanted))}; '
+            f'RoPE scaling "{kind}" has no key "{unknown[0]}"{nearest(unknown[0], wanted)}; '
             f"it knows {', '.join(wanted) or 'none'}"
         )
-    for key in wanted:
-        value = inner.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ConfigError(f'RoPE scaling "{kind}" needs {key}, a number above 0; it is {value}')
+    for key in required:
+        if key not in inner:
+            raise ConfigError(f'RoPE scaling "{kind}" needs {key}, a number above 0')
+    for key, value in inner.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if not (isinstance(value, bool) if key == "truncate" else number):
+            kind_wanted = "true or false" if key == "truncate" else "a number above 0"
+            raise ConfigError(f'RoPE scaling "{kind}" has {key}={value!r}; expected {kind_wanted}')
     if kind == "llama3" and inner["low_freq_factor"] >= inner["high_freq_factor"]:
         raise ConfigError(
             f"RoPE scaling llama3 has low_freq_factor {inner['low_freq_factor']} and high_freq_factor "
             f"{inner['high_freq_factor']}; the first must be the smaller"
         )
-    return {"rope_type": kind, **inner} if wanted else None
+    return {"rope_type": kind, **inner} if required else None

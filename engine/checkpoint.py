@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,6 +17,7 @@ from engine.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from engine.model import Part, Transformer
+    from engine.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
 SINGLE = "model.safetensors"
@@ -80,26 +79,24 @@ def load_weights(directory: str | Path, model: Transformer) -> None:
 def save_pretrained(
     directory: str | Path,
     model: Transformer,
-    config: ModelConfig,
-    tokenizer_files: Iterable[str | Path] = (),
+    tokenizer: Tokenizer | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a directory that transformers (4 and 5) and `load_weights` read; weights in the model's own dtype.
 
     Streams: one tensor at a time is unpacked and written. Atomic: `directory` is the old checkpoint until the new one
-    is complete on the disk. `tokenizer_files` are copied under their own names. Raises CheckpointError (disk full,
-    weights that are not finite, a directory with foreign files in it) and leaves what was there.
+    is complete on the disk. The tokenizer's files go with it. Raises CheckpointError (disk full, weights that are not
+    finite, a directory with foreign files in it) and leaves what was there.
     """
-    sources = [Path(file) for file in tokenizer_files]
-    parts = model.parts()
+    config, parts = model.config, model.parts()
     shards = _plan_shards(parts, model.dtype, max_shard_bytes)
     with atomic_directory(directory, owns=OWNED) as tmp:
         _write_json(tmp / "config.json", model_config_to_hf(config, model.dtype))
         tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(tmp / "generation_config.json", {key: value for key, value in tokens.items() if value is not None})
-        for source in sources:
-            shutil.copyfile(source, tmp / source.name)
+        if tokenizer is not None:
+            tokenizer.save(tmp)
         weight_map: dict[str, str] = {}
         for index, shard in enumerate(shards):
             name = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -166,7 +163,8 @@ def _check(path: Path, parts: list[Part], tied: bool) -> dict[str, Path]:
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / INDEX).exists():
-        names = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+        weight_map = _read_json(path / INDEX).get("weight_map")
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
         if missing := [name for name in names if not (path / name).exists()]:
             raise CheckpointError(f"{path} lacks {_listing(missing)}, which {INDEX} names; fetch what is missing")
         if names:
@@ -186,17 +184,22 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _read_header(file: Path) -> dict[str, dict[str, Any]]:
     """Name -> {dtype, shape, data_offsets}, after checking that the file is as long as it says it is."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise CheckpointError(f"{file} is truncated: {size:,} bytes end inside its header; fetch it again")
-        try:
-            header = json.loads(opened.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from None
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            text = opened.read(length) if 8 + length <= size else b""
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); check its permissions") from None
+    if size < 8 or 8 + length > size:
+        raise CheckpointError(f"{file} is truncated: {size:,} bytes end inside its header; fetch it again")
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        _ = [(str(entry["dtype"]), tuple(entry["shape"])) for entry in header.values()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from None
     if size != 8 + length + end:
         word = "truncated" if size < 8 + length + end else "too long"
         raise CheckpointError(f"{file} is {word}: {size:,} bytes, expected {8 + length + end:,}; fetch it again")
@@ -217,13 +220,14 @@ def _check_tied(embedding: Path, head: Path) -> None:
 
 
 def _refuse_not_finite(value: torch.Tensor, name: str, where: str, remedy: str) -> None:
-    finite = torch.isfinite(value)
-    if not finite.all():
-        first = (~finite).nonzero()[0].tolist()
-        count = int((~finite).sum())
+    if torch.isfinite(value.sum(dtype=torch.float32)):  # one pass; a mask of every value takes eight times as long
+        return
+    bad = (~torch.isfinite(value)).nonzero()
+    if len(bad):  # or else the sum alone was too large
+        first = bad[0].tolist()
         raise CheckpointError(
-            f"{where}: {name} has {count} values that are NaN or infinite, the first {value[tuple(first)].item()} at "
-            f"{first}; {remedy}"
+            f"{where}: {name} holds NaN or infinity in {len(bad)} of {value.numel()} values, the first "
+            f"({value[tuple(first)].item()}) at {first}; {remedy}"
         )
 
 

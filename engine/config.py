@@ -153,7 +153,9 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] = ()) -> T
         data = tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"no such configuration file: {path}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -167,5 +169,7 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] = ()) -> T
         *outer, last = key.strip().split(".")
         for name in outer:
             at = at.setdefault(name, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f'override "{item}": "{name}" is a value, not a table with keys of its own')
         at[last] = value
     return parse(kind, data, str(path))

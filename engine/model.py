@@ -57,8 +57,8 @@ class Transformer:
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states after the last norm, [T, D]; `head` turns rows of them into logits."""
-        x, delta = embedding(batch.tokens, self.embed), None  # [T] -> [T, D]
-        for layer in self.layers:
+        x, delta = self._run(self.layers[0], embedding(batch.tokens, self.embed), None, batch)  # [T] -> [T, D]
+        for layer in self.layers[1:]:
             x, delta = self._run(layer, x, delta, batch)
         return add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1]  # [T, D]
 

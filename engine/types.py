@@ -118,7 +118,12 @@ class Sample:
 
 @dataclass
 class TrainStats:
-    """What `forward_backward` saw. `logprobs` are float32 [L - 1] per sample, in the order given."""
+    """What `forward_backward` saw.
+
+    `logprobs` are float32 [L - 1] per sample, in the order given: entry i - 1 is that of token i where its mask is 1,
+    NaN where it is 0. `metrics` has entropy, clip_fraction, ratio_mean, ratio_max, kl_old, kl_ref (as far as samples
+    and loss give rise to them), max_staleness in weight versions, micro_batches and packing_fill.
+    """
 
     loss: float
     num_tokens: int  # tokens that went through the model

@@ -194,5 +194,6 @@ def test_a_planted_fault_is_caught(monkeypatch):
 
     monkeypatch.setattr(layers, "linear", picks_by_rows)
     monkeypatch.setattr(runner_module, "cpu_missing", lambda: "so that the fault is not recorded away")
+    engine = make("LlamaForCausalLM", "float32", max_seqs=30)
     with pytest.raises(AssertionError, match=r"sampled .* trained"):
-        assert_exact(make(max_seqs=30), prompts_of([40]), SamplingParams(max_tokens=20, seed=1, ignore_eos=True))
+        assert_exact(engine, prompts_of([40]), SamplingParams(max_tokens=20, seed=1, ignore_eos=True))

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/attention_plan.h"
+#include "cpu/hash.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -42,7 +44,6 @@ PYBIND11_MODULE(_C, m) {
                           int target_dtype, int64_t stride) {
     unpack_rows(at(storage), DType(dtype), width, row, rows, at(target), DType(target_dtype), stride);
   }, NoGil());
-  m.def("advise_huge_pages", [](Address data, int64_t bytes) { advise_huge_pages(at(data), bytes); });
   m.def("linear", [](int64_t rows, int64_t columns, int64_t depth, int dtype, Address x, int64_t x_stride,
                      Address weight, Address bias, int bias_dtype, Address out, int out_dtype) {
     launch(rows, [=](int64_t tokens) {
@@ -63,10 +64,103 @@ PYBIND11_MODULE(_C, m) {
   }, NoGil());
 
   // ---- attention ----
+  py::class_<AttentionPlan>(m, "AttentionPlan")
+      .def(py::init<>())
+      .def("build", [](AttentionPlan& plan, Address cu_seqlens, Address context_lens, Address positions,
+                       int64_t num_sequences, Address block_tables, int64_t width, int64_t page_size) {
+        plan.build(at<int32_t>(cu_seqlens), at<int32_t>(context_lens), at<int32_t>(positions), num_sequences,
+                   at<int32_t>(block_tables), width, page_size);
+      })
+      .def_readonly("num_pages", &AttentionPlan::num_pages)
+      .def_readonly("version", &AttentionPlan::version);
+  m.def("attention_forward",
+        [](const AttentionPlan* plan, int dtype, int64_t rows, std::array<int64_t, 4> shape, float scale, float eps,
+           Address qkv, Address rope, int64_t rope_positions, Address keys, Address values, int64_t num_pages,
+           Address q_norm, Address k_norm, Address out, Address lse) {
+          AttentionArguments args{plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps,
+                                  at(qkv), at<float>(rope), rope_positions, at(keys), at(values), num_pages,
+                                  at(q_norm), at(k_norm), at(out), at<float>(lse)};
+          launch(rows, [args](int64_t now) {
+            check_attention(args, now);
+            attention_forward(args);
+          });
+        },
+        NoGil());
+  m.def("attention_backward",
+        [](const AttentionPlan* plan, int dtype, int64_t rows, std::array<int64_t, 4> shape, float scale, float eps,
+           Address qkv, Address rope, int64_t rope_positions, Address q_norm, Address k_norm, Address out, Address lse,
+           Address d_out, Address d_qkv, Address d_q_norm, Address d_k_norm) {
+          AttentionArguments args{plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps,
+                                  at(qkv), at<float>(rope), rope_positions, nullptr, nullptr, plan->num_pages,
+                                  at(q_norm), at(k_norm), at(out), at<float>(lse)};
+          check_attention(args, rows);
+          attention_backward(args, at(d_out), at(d_qkv), at<float>(d_q_norm), at<float>(d_k_norm));
+        },
+        NoGil());
 
   // ---- rms_norm, swiglu, embedding ----
+  m.def("rms_norm", [](int dtype, Address x, Address delta, Address weight, Address sum, Address out, Address rstd,
+                       int64_t rows, int64_t width, float eps) {
+    launch(rows, [=](int64_t n) {
+      rms_norm(dtype, at(x), at(delta), at(weight), at(sum), at(out), at<float>(rstd), n, width, eps);
+    });
+  }, NoGil());
+  m.def("rms_norm_backward", [](int dtype, Address dy, Address d_sum, Address x, Address weight, Address rstd,
+                                Address dx, Address weight_grad, int64_t rows, int64_t width) {
+    rms_norm_backward(dtype, at(dy), at(d_sum), at(x), at(weight), at<float>(rstd), at(dx), at<float>(weight_grad),
+                      rows, width);
+  }, NoGil());
+  m.def("swiglu", [](int dtype, Address gate_up, Address out, int64_t rows, int64_t width) {
+    launch(rows, [=](int64_t n) { swiglu(dtype, at(gate_up), at(out), n, width); });
+  }, NoGil());
+  m.def("swiglu_backward", [](int dtype, Address dy, Address gate_up, Address d_gate_up, int64_t rows, int64_t width) {
+    swiglu_backward(dtype, at(dy), at(gate_up), at(d_gate_up), rows, width);
+  }, NoGil());
+  m.def("embedding", [](int dtype, Address tokens, Address weight, bool packed, Address out, int64_t rows,
+                        int64_t vocab, int64_t width) {
+    launch(rows, [=](int64_t n) {
+      embedding(dtype, at<int32_t>(tokens), at(weight), packed, at(out), n, vocab, width);
+    });
+  }, NoGil());
+  m.def("embedding_backward", [](int dtype, Address tokens, Address dy, Address weight_grad, int64_t rows,
+                                 int64_t width) {
+    embedding_backward(dtype, at<int32_t>(tokens), at(dy), at<float>(weight_grad), rows, width);
+  }, NoGil());
 
   // ---- token_logprob, sample_token ----
+  m.def("logits_logprob", [](Address logits, Address targets, Address inv_temperature, Address logprobs,
+                             Address entropy, Address stats, int64_t rows, int64_t vocab, int64_t count) {
+    launch(rows, [=](int64_t n) {
+      logits_logprob(at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature), at<float>(logprobs),
+                     at<float>(entropy), at<float>(stats), n, vocab, count);
+    });
+  }, NoGil());
+  m.def("logits_logprob_backward", [](int dtype, Address logits, Address targets, Address inv_temperature,
+                                      Address stats, Address entropy, Address d_logprob, Address d_entropy,
+                                      Address d_logits, int64_t rows, int64_t vocab) {
+    logits_logprob_backward(dtype, at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature),
+                            at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
+                            at(d_logits), rows, vocab);
+  }, NoGil());
+  m.def("hash_seed", [](int64_t seed, int64_t counter) {
+    return int64_t(hash_seed(uint64_t(seed), uint64_t(counter)));
+  });
+  m.def("sample_token", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
+                           Address seed, Address counter, Address tokens, Address logprobs, Address kept_mass,
+                           int64_t rows, int64_t vocab) {
+    launch(rows, [=](int64_t n) {
+      sample_token(at<float>(logits), at<float>(temperature), at<int32_t>(top_k), at<float>(top_p), at<float>(min_p),
+                   at<int64_t>(seed), at<int64_t>(counter), at<int32_t>(tokens), at<float>(logprobs),
+                   at<float>(kept_mass), n, vocab);
+    });
+  }, NoGil());
 
   // ---- adamw ----
+  m.def("adamw", [](int dtype, bool packed, double learning_rate, double beta1, double beta2, double eps,
+                    double weight_decay, double grad_scale, int64_t step, Address grad, Address master,
+                    Address exp_avg, Address exp_avg_sq, Address weight, int64_t rows, int64_t width) {
+    adamw(dtype, packed, {learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step}, at<float>(grad),
+          at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at(weight), rows, width);
+  }, NoGil());
+  m.def("squared_norm", [](Address values, int64_t count) { return squared_norm(at<float>(values), count); }, NoGil());
 }

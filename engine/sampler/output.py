@@ -62,7 +62,7 @@ class Inbox:
                     sequence.sample_index,
                     rest,
                     completion.logprobs[sequence.reported :],
-                    self._text(sequence, rest),
+                    self._text(sequence, rest, last=True),
                     completion,
                 )
             )
@@ -86,10 +86,11 @@ class Inbox:
             top_logprobs=sequence.alternatives if params.logprobs else None,
         )
 
-    def _text(self, sequence: Sequence, ids: list[int]) -> str:
+    def _text(self, sequence: Sequence, ids: list[int], last: bool = False) -> str:
         if self._tokenizer is None:
             return ""
         key = (sequence.prompt_index, sequence.sample_index)
         if key not in self._decoders:
             self._decoders[key] = StreamDecoder(self._tokenizer)
-        return self._decoders[key].push(ids)
+        decoder = self._decoders[key]
+        return decoder.push(ids) + (decoder.finish() if last else "")

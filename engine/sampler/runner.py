@@ -62,7 +62,7 @@ class Runner:
         context = computed + num_new
         width = int(-(-context.max() // self.page_size))
         tables = np.ascontiguousarray(slots.block_tables[step.slots, :width])
-        self._plan.build(*map(torch.from_numpy, (start, context, positions)), torch.from_numpy(tables), self.page_size)
+        self._plan.build(start, context, positions, tables, self.page_size)
         if cpu_missing():  # no compiled kernels: nothing can be recorded
             return self.model.forward(self._batch(total))
         if self._graph is None:
@@ -88,12 +88,13 @@ class Runner:
             part = slice(begin, begin + chunk)
             chosen = step.sample_slots[part]
             rows, which = np.unique(step.sample_rows[part], return_inverse=True)
-            logits = linear(hidden[torch.from_numpy(rows).long()], self.model.head, out_dtype=torch.float32)  # [U, V]
+            logits = linear(take_rows(hidden, rows), self.model.head, out_dtype=torch.float32)  # [U, V]
             if len(rows) < len(which):
-                logits = logits[torch.from_numpy(which)]  # [R, V]: siblings fork from one row
+                logits = take_rows(logits, which)  # [R, V]: siblings fork from one row
             counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
             columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
-            drawn = sample_token(logits, *(torch.from_numpy(c[chosen]) for c in columns), torch.from_numpy(counter))
+            temperature, top_k, top_p, min_p, seed = (torch.from_numpy(c[chosen]) for c in columns)
+            drawn = sample_token(logits, temperature, top_k, top_p, min_p, seed, torch.from_numpy(counter))
             tokens[part], logprobs[part], kept_mass[part] = (t.numpy() for t in drawn)
             for index, slot in enumerate(chosen.tolist()):
                 if slots.watched[slot] and (k := slots.sequence[slot].params.logprobs):  # type: ignore[union-attr]
@@ -101,3 +102,11 @@ class Runner:
                     ids, values = top_logprobs(logits[index : index + 1], k, torch.tensor([1.0 / heat]))
                     alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
         return tokens, logprobs, kept_mass, alternatives
+
+
+def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
+    """x[rows] on the calling thread: torch would wake a pool of its own, which competes with the kernels'."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return x[int(rows[0]) : int(rows[-1]) + 1]
+    bits = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)

@@ -164,7 +164,10 @@ def test_mistral_without_the_key_has_the_default_window_and_null_has_none():
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": True}}, "beta_fast=True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate=1"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor=-1.0"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
         ({"rope_scaling": {"type": "linear", "factr": 4.0}}, 'did you mean "factor"'),
         ({"rope_scaling": {"type": "linear"}}, "needs factor"),
@@ -199,6 +202,28 @@ def test_missing_size_is_named():
 
 def test_harmless_unknown_keys_are_ignored():
     assert model_config_from_hf(PUBLISHED_LLAMA | {"favourite_colour": "blue"}) == model_config_from_hf(PUBLISHED_LLAMA)
+
+
+@pytest.mark.parametrize("junk", ["text", -3, 2.5, [], ["x", 1], {}, {"type": 4, "factor": "x"}, True, [[None]]])
+def test_junk_under_any_key_is_a_config_error_or_harmless(junk):
+    written = model_config_to_hf(tiny_config("Qwen3ForCausalLM"), torch.float32) | {"quantization_config": None}
+    for key in written:
+        try:
+            config = model_config_from_hf(written | {key: junk})
+        except ConfigError as error:
+            assert str(error)
+        else:
+            assert architecture_of(config).name == "Qwen3ForCausalLM"
+
+
+def test_yarn_falls_back_on_the_context_length():
+    scaling = {"type": "yarn", "factor": 4.0, "beta_fast": None, "truncate": False}
+    assert model_config_from_hf(PUBLISHED_LLAMA | {"rope_scaling": scaling}).rope_scaling == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "truncate": False,
+        "original_max_position_embeddings": 512,
+    }
 
 
 def test_explicit_null_token_id_stays_null():

@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out; the model here is a plain holder of tensors, so only the files are at stake."""
+"""Hugging Face directories in and out; the model here is a holder of weights without a forward."""
 
 import json
 import os
@@ -13,27 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.errors import CheckpointError, ConfigError
-from tests.tiny import FAMILIES, save_hf_tiny, tiny_config
-
-
-class HeldWeight:
-    """What the loader and the saver ask of a weight, on a plain tensor."""
-
-    def __init__(self, shape, dtype):
-        self.value = torch.full(shape, 7.0, dtype=dtype)
-
-    def load_(self, dense, row=0):
-        assert self.value[row : row + dense.shape[0]].shape == dense.shape
-        self.value[row : row + dense.shape[0]] = dense
-
-    def dense(self, row=0, rows=None, dtype=None):
-        return self.value[row : row + rows].to(dtype)
+from engine.kernels.weight import Weight
+from engine.tokenizer import Tokenizer
+from tests.tiny import FAMILIES, save_hf_tiny, save_tiny_tokenizer, tiny_config
 
 
 @dataclass(frozen=True)
 class HeldPart:
     name: str
-    weight: HeldWeight
+    weight: Weight
     row: int
     shape: tuple[int, ...]
 
@@ -44,21 +32,22 @@ class HeldModel:
     def __init__(self, dtype=torch.float32, tied=False):
         self.dtype = dtype
         self.config = tiny_config(tie_word_embeddings=tied)
-        embed, fused = HeldWeight((9, 4), dtype), HeldWeight((10, 4), dtype)
+        embed = Weight("embed", (9, 4), dtype, packed=tied)
+        fused = Weight("fused", (10, 4), dtype, packed=True)
         self.held = [
             HeldPart("model.embed_tokens.weight", embed, 0, (9, 4)),
             HeldPart("model.layers.0.mlp.gate_proj.weight", fused, 0, (3, 4)),
             HeldPart("model.layers.0.mlp.up_proj.weight", fused, 3, (7, 4)),
-            HeldPart("model.norm.weight", HeldWeight((4,), dtype), 0, (4,)),
+            HeldPart("model.norm.weight", Weight("norm", (4,), dtype, packed=False), 0, (4,)),
         ]
         if not tied:
-            self.held.append(HeldPart("lm_head.weight", HeldWeight((9, 4), dtype), 0, (9, 4)))
+            self.held.append(HeldPart("lm_head.weight", Weight("head", (9, 4), dtype, packed=True), 0, (9, 4)))
 
     def parts(self):
         return self.held
 
     def tensors(self):
-        return {p.name: p.weight.value[p.row : p.row + p.shape[0]] for p in self.held}
+        return {p.name: p.weight.dense(p.row, p.shape[0]) for p in self.held}
 
 
 def random_tensors(dtype=torch.float32, tied=False):
@@ -106,7 +95,7 @@ def test_shards_fill_every_row(tmp_path):
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 200, 1])
 def test_saved_weights_load_back_bit_for_bit(tmp_path, dtype, tied, max_shard_bytes):
     saved = filled(dtype, tied)
-    save_pretrained(tmp_path / "out", saved, saved.config, max_shard_bytes=max_shard_bytes)
+    save_pretrained(tmp_path / "out", saved, max_shard_bytes=max_shard_bytes)
     loaded = HeldModel(dtype, tied)
     load_weights(tmp_path / "out", loaded)
     assert_holds(loaded, saved.tensors())
@@ -115,7 +104,7 @@ def test_saved_weights_load_back_bit_for_bit(tmp_path, dtype, tied, max_shard_by
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_file_is_what_the_safetensors_library_reads(tmp_path, dtype):
     saved = filled(dtype)
-    save_pretrained(tmp_path / "out", saved, saved.config)
+    save_pretrained(tmp_path / "out", saved)
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     assert theirs.keys() == saved.tensors().keys()
     assert all(torch.equal(theirs[name], value) for name, value in saved.tensors().items())
@@ -125,7 +114,7 @@ def test_saved_file_is_what_the_safetensors_library_reads(tmp_path, dtype):
 
 def test_shards_keep_to_the_limit_and_the_index_names_them_all(tmp_path):
     saved = filled()
-    save_pretrained(tmp_path / "out", saved, saved.config, max_shard_bytes=200)
+    save_pretrained(tmp_path / "out", saved, max_shard_bytes=200)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     sizes = {
         name: sum(t.nbytes for t in load_file(tmp_path / "out" / name).values())
@@ -136,11 +125,12 @@ def test_shards_keep_to_the_limit_and_the_index_names_them_all(tmp_path):
     assert index["weight_map"].keys() == saved.tensors().keys()
 
 
-def test_saving_copies_the_tokenizer_and_writes_the_configs(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
+def test_saving_takes_the_tokenizer_along_and_writes_the_configs(tmp_path):
+    save_tiny_tokenizer(tmp_path / "tokenizer")
     model = filled()
-    save_pretrained(tmp_path / "out", model, model.config, [tmp_path / "tokenizer.json"])
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    save_pretrained(tmp_path / "out", model, Tokenizer.from_pretrained(tmp_path / "tokenizer"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "tokenizer" / name).read_bytes()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -172,6 +162,15 @@ def test_missing_head_of_an_untied_model_says_what_to_set(tmp_path):
         load_weights(tmp_path, HeldModel())
 
 
+def test_huge_finite_weights_are_taken(tmp_path):
+    tensors = random_tensors()
+    tensors["model.norm.weight"][:] = 3e38
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = HeldModel()
+    load_weights(tmp_path, model)
+    assert_holds(model, tensors)
+
+
 def test_rotary_buffer_of_old_checkpoints_is_ignored(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     save_file(random_tensors() | extra, tmp_path / "model.safetensors")
@@ -187,6 +186,12 @@ def damage_nan(path):
 def damage_infinity(path):
     tensors = random_tensors()
     tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, path / "model.safetensors")
+
+
+def damage_opposite_infinities(path):
+    tensors = random_tensors()
+    tensors["model.norm.weight"][:2] = torch.tensor([float("inf"), float("-inf")])
     save_file(tensors, path / "model.safetensors")
 
 
@@ -231,6 +236,15 @@ def damage_header(path):
     (path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"not json")
 
 
+def damage_header_entry(path):
+    text = json.dumps({"model.norm.weight": {"shape": [4], "data_offsets": [0, 16]}}).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+
+
+def damage_empty_index(path):
+    (path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+
+
 def damage_missing_shard(path):
     names = save_sharded(path, random_tensors())
     (path / names["model.norm.weight"]).unlink()
@@ -262,8 +276,12 @@ def damage_nothing_there(path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_nan, r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight has 1 values.*nan at \[2, 1\]"),
-        (damage_infinity, r"model\.norm\.weight has 1 values.*inf at \[3\]"),
+        (
+            damage_nan,
+            r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight holds NaN.* in 1 of 28 .*\(nan\) at \[2, 1\]",
+        ),
+        (damage_infinity, r"model\.norm\.weight holds NaN or infinity in 1 of 4 .*\(inf\) at \[3\]"),
+        (damage_opposite_infinities, r"model\.norm\.weight holds NaN or infinity in 2 of 4 .*\(inf\) at \[0\]"),
         (damage_missing_tensor, r"lacks model\.norm\.weight; it is incomplete"),
         (damage_unexpected_tensor, r"holds model\.layers\.0\.self_attn\.q_proj\.bias, which.*correct config\.json"),
         (damage_shape, r"model\.norm\.weight has shape \(5,\), expected \(4,\)"),
@@ -273,6 +291,8 @@ def damage_nothing_there(path):
         (damage_empty, "end inside its header"),
         (damage_pointer, "end inside its header"),
         (damage_header, "header cannot be read"),
+        (damage_header_entry, "header cannot be read"),
+        (damage_empty_index, "names no files"),
         (damage_missing_shard, r"lacks model-00004-of-00005\.safetensors, which model.*index\.json names"),
         (damage_truncated_shard, r"model-00004-of-00005\.safetensors is truncated"),
         (damage_index, "cannot be read as JSON"),
@@ -293,7 +313,7 @@ def test_damage_is_found_before_the_first_weight_is_written(tmp_path, damage):
     model = HeldModel()
     with pytest.raises(CheckpointError):
         load_weights(tmp_path, model)
-    assert all((value == 7.0).all() for value in model.tensors().values())
+    assert all((value == 0.0).all() for value in model.tensors().values())
 
 
 def test_only_one_tensor_is_held_beside_the_model(tmp_path, monkeypatch):
@@ -327,13 +347,13 @@ def test_only_one_tensor_is_held_beside_the_model(tmp_path, monkeypatch):
 def test_disk_that_refuses_leaves_the_old_checkpoint(tmp_path):
     """A file-size limit stands in for a full disk: the write itself fails, as it would there."""
     old = filled()
-    save_pretrained(tmp_path / "out", old, old.config)
+    save_pretrained(tmp_path / "out", old)
     new = HeldModel()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         with pytest.raises(CheckpointError, match=r"cannot write .*What was there is intact"):
-            save_pretrained(tmp_path / "out", new, new.config)
+            save_pretrained(tmp_path / "out", new)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["out"]
@@ -343,10 +363,12 @@ def test_disk_that_refuses_leaves_the_old_checkpoint(tmp_path):
 
 def test_model_that_diverged_does_not_replace_a_good_checkpoint(tmp_path):
     old, bad = filled(), filled()
-    save_pretrained(tmp_path / "out", old, old.config)
-    bad.parts()[0].weight.value[4, 2] = float("nan")
-    with pytest.raises(CheckpointError, match=r"the model in memory: model\.embed_tokens\.weight .*nan at \[4, 2\]"):
-        save_pretrained(tmp_path / "out", bad, bad.config)
+    save_pretrained(tmp_path / "out", old)
+    bad.parts()[0].weight.load_(torch.tensor([[0.0, 0.0, float("nan"), 0.0]]), row=4)
+    with pytest.raises(
+        CheckpointError, match=r"the model in memory: model\.embed_tokens\.weight .*\(nan\) at \[4, 2\]"
+    ):
+        save_pretrained(tmp_path / "out", bad)
     load_weights(tmp_path / "out", bad)
     assert_holds(bad, old.tensors())
 
@@ -355,12 +377,12 @@ def test_saving_over_foreign_files_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("mine")
     model = filled()
     with pytest.raises(CheckpointError, match=r"notes\.md"):
-        save_pretrained(tmp_path, model, model.config)
+        save_pretrained(tmp_path, model)
 
 
 def test_checkpoint_killed_between_renames_is_read(tmp_path):
     model = filled()
-    save_pretrained(tmp_path / "out", model, model.config)
+    save_pretrained(tmp_path / "out", model)
     (tmp_path / "out").rename(tmp_path / ".out.old")
     assert read_config(tmp_path / "out").hidden_size == 64
     load_weights(tmp_path / "out", HeldModel())
@@ -381,7 +403,8 @@ def test_config_saved_by_transformers_is_read(tmp_path, family):
 )
 def test_end_of_sequence_ids_are_those_of_both_files(tmp_path, ours, generation, both):
     model = filled()
-    save_pretrained(tmp_path / "out", model, tiny_config(eos_token_id=ours))
+    model.config = tiny_config(eos_token_id=ours)
+    save_pretrained(tmp_path / "out", model)
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert read_config(tmp_path / "out").eos_token_ids == both
 

@@ -14,7 +14,6 @@ void pack_rows(void* storage, DType dtype, int64_t width, int64_t row, int64_t r
                DType source_dtype, int64_t source_stride);
 void unpack_rows(const void* storage, DType dtype, int64_t width, int64_t row, int64_t rows, void* target,
                  DType target_dtype, int64_t target_stride);
-void advise_huge_pages(void* data, int64_t bytes);
 
 struct LinearShape {
   int64_t tokens, columns, depth;  // x [tokens, depth], W [columns, depth], y [tokens, columns]
@@ -32,10 +31,79 @@ void linear_grad_bias(const LinearShape& shape, DType dtype, const void* dy, int
 
 // ---- attention ----
 
+class AttentionPlan;
+
+struct AttentionArguments {
+  const AttentionPlan* plan;
+  DType dtype;
+  int64_t num_heads, num_kv_heads, head_dim;
+  int64_t window;  // 0: none
+  float scale, eps;
+  const void* qkv;    // [T, (H + 2 K) Dh]
+  const float* rope;  // [rope_positions, Dh], cos | sin
+  int64_t rope_positions;
+  void *keys, *values;  // pages; see attention.inl
+  int64_t num_pages;
+  const void *q_norm, *k_norm;  // [Dh] or null
+  void* out;                    // [T, H Dh]
+  float* lse;                   // [T, H] log2 of the sum of 2^score, or null
+};
+
+void check_attention(const AttentionArguments& args, int64_t rows);  // throws std::invalid_argument
+void attention_forward(const AttentionArguments& args);
+// From the forward's arguments (its pages are not read): writes d_qkv, adds to d_q_norm and d_k_norm [Dh] or null.
+void attention_backward(const AttentionArguments& args, const void* d_out, void* d_qkv, float* d_q_norm,
+                        float* d_k_norm);
+
 // ---- rms_norm, swiglu, embedding ----
+
+// out = normed x [rows, width]; with `delta`, sum = x + delta and out = normed sum. `rstd` [rows] may be null.
+void rms_norm(int dtype, const void* x, const void* delta, const void* weight, void* sum, void* out, float* rstd,
+              int64_t rows, int64_t width, float eps);
+// Writes dx (plus `d_sum`, which may be null) and adds to weight_grad [width].
+void rms_norm_backward(int dtype, const void* dy, const void* d_sum, const void* x, const void* weight,
+                       const float* rstd, void* dx, float* weight_grad, int64_t rows, int64_t width);
+
+// gate_up [rows, 2 * width] -> out [rows, width]
+void swiglu(int dtype, const void* gate_up, void* out, int64_t rows, int64_t width);
+void swiglu_backward(int dtype, const void* dy, const void* gate_up, void* d_gate_up, int64_t rows, int64_t width);
+
+// Both throw std::out_of_range for an id outside [0, vocab) before they touch memory.
+void check_token_ids(const int32_t* tokens, int64_t count, int64_t vocab);
+void embedding(int dtype, const int32_t* tokens, const void* weight, bool packed, void* out, int64_t rows,
+               int64_t vocab, int64_t width);
+// Adds to weight_grad [vocab, width]; the ids are those the forward checked.
+void embedding_backward(int dtype, const int32_t* tokens, const void* dy, float* weight_grad, int64_t rows,
+                        int64_t width);
 
 // ---- token_logprob, sample_token ----
 
+// targets [rows, count] -> logprobs [rows, count]; `inv_temperature` [rows], `entropy` [rows] and `stats` [rows, 2]
+// (what the backward reads) may be null. Throws std::out_of_range for a target outside [0, vocab).
+void logits_logprob(const float* logits, const int32_t* targets, const float* inv_temperature, float* logprobs,
+                    float* entropy, float* stats, int64_t rows, int64_t vocab, int64_t count);
+// One target per row; d_logits [rows, vocab] of `dtype` may be the logits themselves when that is float32.
+void logits_logprob_backward(int dtype, const float* logits, const int32_t* targets, const float* inv_temperature,
+                             const float* stats, const float* entropy, const float* d_logprob, const float* d_entropy,
+                             void* d_logits, int64_t rows, int64_t vocab);
+
+// A row whose softmax is not a number gets token -1 and NaN. A temperature of 0 takes the likeliest token.
+void sample_token(const float* logits, const float* temperature, const int32_t* top_k, const float* top_p,
+                  const float* min_p, const int64_t* seed, const int64_t* counter, int32_t* tokens, float* logprobs,
+                  float* kept_mass, int64_t rows, int64_t vocab);
+
 // ---- adamw ----
+
+struct AdamWSettings {
+  // double: 1 - 0.999f is off by 5e-5 of its value
+  double learning_rate, beta1, beta2, eps, weight_decay;
+  double grad_scale;  // multiplies the gradient
+  int64_t step;       // 1 for the first
+};
+
+// Steps fp32 master weights [rows, width] and writes the compute weight, dense or packed, from them.
+void adamw(int dtype, bool packed, const AdamWSettings& settings, const float* grad, float* master, float* exp_avg,
+           float* exp_avg_sq, void* weight, int64_t rows, int64_t width);
+double squared_norm(const float* values, int64_t count);
 
 }  // namespace caduceus

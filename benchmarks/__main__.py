@@ -1,0 +1,63 @@
+"""Every benchmark on the models given, one after the other, into benchmarks/results/<machine>.md.
+
+    python -m benchmarks --models llama-15m,llama-110m --peer-results results.jsonl
+
+Takes minutes a model; the machine should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import decode, exactness_cost, grpo_step, kernels, rollout, train_step
+from benchmarks.machine import processor, slug
+
+RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = {
+    "decode": decode,
+    "rollout": rollout,
+    "train_step": train_step,
+    "grpo_step": grpo_step,
+    "exactness_cost": exactness_cost,
+    "kernels": kernels,
+}
+# Half a billion parameters take minutes a workload on a laptop: the small variants, and no whole GRPO step.
+LARGE = {"qwen3-0.6b": {"rollout": ["--workloads=W2s"], "train_step": ["--workloads=T1s"], "grpo_step": None}}
+
+
+def run(name: str, arguments: list[str]) -> str:
+    """What the benchmark prints, less its last line (JSON, for programs)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        BENCHMARKS[name].main(arguments)
+    return out.getvalue().strip().rsplit("\n", 1)[0].strip()
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs them all; returns the file written. Options that are not its own go to every benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default="llama-110m", help="comma-separated")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
+    args, forwarded = parser.parse_known_args(argv)
+    text = [f"# {processor()}, {time.strftime('%Y-%m-%d')}\n"]
+    for model in args.models.split(","):
+        for name in BENCHMARKS:
+            extra = LARGE.get(model, {}).get(name, [])
+            if extra is None:
+                continue
+            text.append(f"## {name}, {model}\n\n{run(name, [*forwarded, f'--model={model}', *extra])}\n")
+            print(text[-1], flush=True)
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{slug()}.md"
+    path.write_text("\n".join(text))
+    print(f"written to {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()

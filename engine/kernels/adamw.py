@@ -1,0 +1,96 @@
+"""AdamW on fp32 master weights, writing the compute weight in place, and the squared norm that clipping needs.
+
+# N rows, K columns of a weight (or N elements of a vector)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.weight import Weight
+
+
+def adamw_(
+    weight: Weight,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
+    """One step of AdamW (decoupled weight decay, arXiv 1711.05101) from `weight.grad_buffer()` times `grad_scale`.
+
+    `master`, `exp_avg` and `exp_avg_sq` are float32, dense, of the weight's shape, and updated in place; `step` is 1
+    for the first. The compute weight is written from the new master, rounded to its dtype, in its own layout, in the
+    same pass. The gradient is left as it is. Raises InputError for a shape, dtype or step that does not fit.
+    """
+    if step < 1:
+        raise InputError(f"step is {step}; the first step is 1")
+    for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check(name, tensor, weight.shape, torch.float32)
+    settings = (learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step)
+    ADAMW["step"](weight, master, exp_avg, exp_avg_sq, *settings)
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Sum of the squares of a contiguous float32 tensor, in float64; the same bits for any number of threads."""
+    check("tensor", tensor, (None,) * tensor.dim(), torch.float32)
+    return ADAMW["squared_norm"](tensor)
+
+
+def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float) -> None:
+    rows, width = weight.shape if len(weight.shape) == 2 else (1, weight.shape[0])
+    tensors = (weight.grad_buffer(), master, exp_avg, exp_avg_sq, weight.data)
+    code = dtype_code(weight.dtype)
+    extension().adamw(code, weight.packed, *settings, *(address(t) for t in tensors), rows, width)
+
+
+def _squared_norm_cpu(tensor: Tensor) -> float:
+    return extension().squared_norm(address(tensor), tensor.numel())
+
+
+def _step_torch(
+    weight: Weight,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+    step: int,
+) -> None:
+    grad = weight.grad_buffer() * grad_scale
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)
+    master.mul_(1 - learning_rate * weight_decay)
+    master.addcdiv_(exp_avg, root + eps, value=-learning_rate / (1 - beta1**step))
+    weight.load_(master)
+
+
+def _squared_norm_torch(tensor: Tensor) -> float:
+    return float(tensor.double().pow(2).sum())
+
+
+ADAMW = Op(
+    "adamw",
+    [
+        Backend("cpu", {"step": _step_cpu, "squared_norm": _squared_norm_cpu}, cpu_missing),
+        Backend("torch", {"step": _step_torch, "squared_norm": _squared_norm_torch}),
+    ],
+)

@@ -1,0 +1,41 @@
+"""Checks between a tensor and the raw address that a kernel gets: whatever passes here cannot make it read astray."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+from engine.kernels.weight import DTYPES
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The kernels' number for a dtype. Raises InputError for a dtype they do not compute in."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype}; the kernels take float32 and bfloat16")
+    return DTYPES[dtype]
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` itself, if it is contiguous, on the CPU and of this shape (None: any size) and dtype.
+
+    Raises InputError, which names what differs.
+    """
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, sizes, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{name} has shape {list(sizes)}; it must be [{wanted}]")
+    if dtype is not None and tensor.dtype != dtype:
+        raise InputError(f"{name} is {tensor.dtype}; it must be {dtype}")
+    if not tensor.is_contiguous():
+        raise InputError(f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()")
+    if tensor.device.type != "cpu":
+        raise InputError(f"{name} is on {tensor.device}; this kernel runs on the cpu: pass {name}.cpu()")
+    return tensor
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the elements lie; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,192 @@
+"""THE function for log p(token): the sampler and the trainer both end here, and equal logits give equal bits.
+
+# T tokens, D model width, V vocabulary, R rows of logits
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.graph import empty
+from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
+from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.weight import Weight
+
+LOGITS_ELEMENTS = 16 << 20  # of a chunk, 64 MiB: fewer rows and the head's gradient is read and written too often
+
+
+def token_logprob(
+    hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution, softmax(inv_temperature * head @ hidden).
+
+    `hidden` [T, D] and `head` [V, D] share a dtype; `targets` int32 [T] in [0, V); `inv_temperature` float32 [T],
+    positive (`inverse_temperature` makes it), or None for ones. Returns float32 [T], float32 [T], in nats. Logits are
+    float32 and exist for `chunk` rows at a time (by default as many as make 16 Mi logits): the chunk changes no bit of
+    the result. Where hidden requires grad, both outputs are differentiable: the backward computes the logits again,
+    rounds their gradient to the model's dtype, and adds the head's gradient to `head.grad_buffer()`. A row whose
+    logits are not finite has NaN for both. Raises InputError for a shape, dtype or target that does not fit.
+    """
+    rows = hidden.shape[0]
+    check("hidden", hidden, (None, head.shape[1]), head.dtype)
+    _check_targets(targets, (rows,), head.shape[0])
+    if inv_temperature is not None:
+        check("inv_temperature", inv_temperature, (rows,), torch.float32)
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}; it must be at least 1 row")
+    chunk = chunk or max(16, LOGITS_ELEMENTS // head.shape[0])
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _TokenLogprob.apply(hidden, head, targets, inv_temperature, chunk)
+    logprobs, entropy, _ = _forward(hidden, head, targets, inv_temperature, chunk)
+    return logprobs, entropy
+
+
+def logits_logprob(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `token_logprob` does once the logits are there: float32 [R, V], int32 [R] -> float32 [R], float32 [R].
+
+    Carries no gradient. Raises InputError for logits that require one, and for what does not fit.
+    """
+    check("logits", logits, (None, None), torch.float32)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise InputError("logits require grad, which logits_logprob does not carry; use token_logprob or detach them")
+    _check_targets(targets, (logits.shape[0],), logits.shape[1])
+    if inv_temperature is not None:
+        check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
+    logprobs, entropy, _ = TOKEN_LOGPROB["forward"](logits, targets[:, None], inv_temperature)
+    return logprobs[:, 0], entropy
+
+
+def inverse_temperature(temperature: float) -> float:
+    """1 / temperature as the sampler divides: both are rounded to float32 first. 0 (greedy) counts as 1.
+
+    1 / 0.7 in float64 and then rounded is another number, and its log-probabilities would be too.
+    """
+    return float(torch.ones(()) / torch.tensor(temperature, dtype=torch.float32)) if temperature else 1.0
+
+
+def logits_logprob_reference(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition in plain torch, for targets [R, n]."""
+    z = logits if inv_temperature is None else logits * inv_temperature[:, None]
+    logp = torch.log_softmax(z, dim=-1)
+    p = logp.exp()
+    return logp.gather(-1, targets.long()), -torch.where(p > 0, p * logp, p).sum(-1)
+
+
+def _check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int) -> None:
+    check("targets", targets, shape, torch.int32)
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        wrong = ((targets < 0) | (targets >= vocab)).nonzero()[0]
+        raise InputError(
+            f"target {int(targets[tuple(wrong)])} at index {int(wrong[0])} is outside the vocabulary of {vocab} ids; "
+            f"pass ids in [0, {vocab})"
+        )
+
+
+class _TokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend, ctx.head, ctx.chunk = TOKEN_LOGPROB.chosen(), head, chunk
+        ctx.set_materialize_grads(False)
+        logprobs, entropy, stats = _forward(hidden, head, targets, inv_temperature, chunk)
+        ctx.save_for_backward(hidden, targets, inv_temperature, stats, entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None
+    ) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        hidden, targets, inv_temperature, stats, entropy = ctx.saved_tensors
+        zeros = torch.zeros_like(entropy)
+        d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
+        d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
+        d_hidden = empty(tuple(hidden.shape), hidden.dtype)
+        for part in _chunks(hidden.shape[0], ctx.chunk):
+            x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
+            logits = linear(x, ctx.head, out_dtype=torch.float32)  # [c, V]
+            d_logits = ctx.backend.functions["backward"](
+                logits, targets[part], inverse, stats[part], entropy[part], d_logprobs[part], d_entropy[part], x.dtype
+            )
+            d_hidden[part] = linear_grad_input(d_logits, ctx.head)  # [c, V] -> [c, D]
+            linear_grad_weight_(d_logits, x, ctx.head)
+        return d_hidden, None, None, None, None
+
+
+def _chunks(rows: int, chunk: int) -> list[slice]:
+    return [slice(begin, min(rows, begin + chunk)) for begin in range(0, rows, chunk)]
+
+
+def _forward(
+    hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]."""
+    rows = hidden.shape[0]
+    logprobs, entropy, stats = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2)
+    for part in _chunks(rows, chunk):
+        logits = linear(hidden[part].detach(), head, out_dtype=torch.float32)  # [c, D] -> [c, V]
+        inverse = None if inv_temperature is None else inv_temperature[part]
+        column, entropy[part], stats[part] = TOKEN_LOGPROB["forward"](logits, targets[part, None], inverse)
+        logprobs[part] = column[:, 0]
+    return logprobs, entropy, stats
+
+
+def _forward_cpu(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocab = logits.shape
+    logprobs, entropy, stats = torch.empty(targets.shape), torch.empty(rows), torch.empty(rows, 2)
+    inputs = [address(tensor) for tensor in (logits, targets, inv_temperature)]
+    outputs = [address(tensor) for tensor in (logprobs, entropy, stats)]
+    extension().logits_logprob(*inputs, *outputs, rows, vocab, targets.shape[1])
+    return logprobs, entropy, stats
+
+
+def _backward_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor | None,
+    stats: Tensor,
+    entropy: Tensor,
+    d_logprobs: Tensor,
+    d_entropy: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    d_logits = logits if dtype == logits.dtype else empty(tuple(logits.shape), dtype)
+    inputs = (logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, d_logits)
+    extension().logits_logprob_backward(dtype_code(dtype), *(address(tensor) for tensor in inputs), *logits.shape)
+    return d_logits
+
+
+def _forward_torch(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, entropy = logits_logprob_reference(logits, targets, inv_temperature)
+    return logprobs, entropy, torch.zeros(logits.shape[0], 2)
+
+
+def _backward_torch(
+    logits: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor | None,
+    stats: Tensor,
+    entropy: Tensor,
+    d_logprobs: Tensor,
+    d_entropy: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        outputs = logits_logprob_reference(logits, targets[:, None], inv_temperature)
+        return torch.autograd.grad(outputs, logits, (d_logprobs[:, None], d_entropy))[0].to(dtype)
+
+
+TOKEN_LOGPROB = Op(
+    "token_logprob",
+    [
+        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing),
+        # torch does not promise one order of summation for every number of rows
+        Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
+    ],
+)
