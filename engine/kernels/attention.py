@@ -285,8 +285,8 @@ def _write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pages: Tensor, co
     page, slot = _slots(pages, context - k.shape[0], context, page_size)
     k = torch.nn.functional.pad(k.detach().to(keys.dtype), (0, _depth(spec, keys.dtype) - spec.head_dim))
     v = v.detach().to(values.dtype)
-    keys.view(key_shape)[page, :, slot // _BLOCK, :, slot % _BLOCK] = k.view(*k.shape[:2], -1, pair)
-    values.view(value_shape)[page, :, :, slot // pair, :, slot % pair] = v.view(*v.shape[:2], -1, 16)
+    keys.view(key_shape)[page, :, slot // _BLOCK, :, slot % _BLOCK] = k.view(*k.shape[:2], key_shape[3], pair)
+    values.view(value_shape)[page, :, :, slot // pair, :, slot % pair] = v.view(*v.shape[:2], value_shape[2], 16)
 
 
 def _read(keys: Tensor, values: Tensor, pages: Tensor, context: int, spec: AttentionSpec,

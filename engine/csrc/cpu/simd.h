@@ -110,13 +110,13 @@ SIMD_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #if ISA_LEVEL >= 2
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif ISA_LEVEL == 1
-  __m256 x[2], y[2], z[2];
-  std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
-  z[0] = _mm256_fmadd_ps(x[0], y[0], z[0]);
-  z[1] = _mm256_fmadd_ps(x[1], y[1], z[1]);
-  f32x16 out;
-  std::memcpy(&out, z, 64);
-  return out;
+  // Halves by shuffles, which GCC keeps in registers; copies through arrays it spills.
+#define CADUCEUS_HALF(v, i) \
+  (__m256) __builtin_shufflevector(v, v, i, i + 1, i + 2, i + 3, i + 4, i + 5, i + 6, i + 7)
+  __m256 low = _mm256_fmadd_ps(CADUCEUS_HALF(a, 0), CADUCEUS_HALF(b, 0), CADUCEUS_HALF(c, 0));
+  __m256 high = _mm256_fmadd_ps(CADUCEUS_HALF(a, 8), CADUCEUS_HALF(b, 8), CADUCEUS_HALF(c, 8));
+#undef CADUCEUS_HALF
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   return a * b + c;
 #endif
