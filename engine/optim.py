@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.config import OptimizerConfig
 from engine.errors import ConfigError, InputError, NumericsError, nearest
 from engine.kernels.adamw import adamw_, squared_norm
+from engine.kernels.memory import zeros
 from engine.kernels.weight import Weight
 
 SCHEDULES = ("constant", "cosine")
@@ -73,7 +74,7 @@ class AdamW:
         fresh = {}
         for weight in self.weights:
             master = weight.dense(dtype=torch.float32)
-            fresh[weight.name] = Moments(master, torch.zeros_like(master), torch.zeros_like(master))
+            fresh[weight.name] = Moments(master, zeros(weight.shape, torch.float32), zeros(weight.shape, torch.float32))
         self.state = fresh
 
     def zero_grad(self) -> None:

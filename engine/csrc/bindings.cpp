@@ -44,7 +44,6 @@ PYBIND11_MODULE(_C, m) {
                           int target_dtype, int64_t stride) {
     unpack_rows(at(storage), DType(dtype), width, row, rows, at(target), DType(target_dtype), stride);
   }, NoGil());
-  m.def("advise_huge_pages", [](Address data, int64_t bytes) { advise_huge_pages(at(data), bytes); });
   m.def("linear", [](int64_t rows, int64_t columns, int64_t depth, int dtype, Address x, int64_t x_stride,
                      Address weight, Address bias, int bias_dtype, Address out, int out_dtype) {
     launch(rows, [=](int64_t tokens) {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.graph import empty
+from engine.kernels.memory import zeros
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 from engine.kernels.rope import apply_rope
 from engine.kernels.weight import DTYPES, Weight
@@ -70,13 +71,10 @@ def allocate_pages(num_pages: int, page_size: int, spec: AttentionSpec, dtype: t
     if dtype not in DTYPES:
         raise InputError(f"pages cannot be {dtype}; attention takes torch.float32 and torch.bfloat16")
     size = spec.num_kv_heads * page_size
-    keys = torch.empty((num_pages, size * _depth(spec, dtype)), dtype=dtype)
-    values = torch.empty((num_pages, size * spec.head_dim), dtype=dtype)
-    for pages in (keys, values):
-        if not cpu_missing():  # decode streams through the pool: small pages of the system would stop prefetching
-            extension().advise_huge_pages(pages.data_ptr(), pages.numel() * pages.element_size())
-        pages.zero_()
-    return keys, values
+    return (
+        zeros((num_pages, size * _depth(spec, dtype)), dtype),
+        zeros((num_pages, size * spec.head_dim), dtype),
+    )
 
 
 class AttentionPlan:
@@ -287,8 +285,8 @@ def _write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, pages: Tensor, co
     page, slot = _slots(pages, context - k.shape[0], context, page_size)
     k = torch.nn.functional.pad(k.detach().to(keys.dtype), (0, _depth(spec, keys.dtype) - spec.head_dim))
     v = v.detach().to(values.dtype)
-    keys.view(key_shape)[page, :, slot // _BLOCK, :, slot % _BLOCK] = k.view(*k.shape[:2], -1, pair)
-    values.view(value_shape)[page, :, :, slot // pair, :, slot % pair] = v.view(*v.shape[:2], -1, 16)
+    keys.view(key_shape)[page, :, slot // _BLOCK, :, slot % _BLOCK] = k.view(*k.shape[:2], key_shape[3], pair)
+    values.view(value_shape)[page, :, :, slot // pair, :, slot % pair] = v.view(*v.shape[:2], value_shape[2], 16)
 
 
 def _read(keys: Tensor, values: Tensor, pages: Tensor, context: int, spec: AttentionSpec,

@@ -10,17 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.memory import POOLED_BYTES, Pool, num_bytes
 from engine.kernels.op import extension
 
 _recording: Graph | None = None
+_shared = Pool()  # activations and gradients outside of graphs
 
 
 class Graph:
-    """`with graph.record(): forward(...)` notes the kernel calls down; `replay(rows)` runs them."""
+    """`with Graph() as graph: forward(...)` notes the kernel calls down; `graph.replay(rows)` runs them."""
 
     def __init__(self) -> None:
         self._calls = extension().Graph()
-        self._blocks: list[Tensor] = []
+        self.pool = Pool()
 
     def __enter__(self) -> Graph:
         global _recording
@@ -40,30 +42,12 @@ class Graph:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return sum(block.numel() for block in self._blocks)
-
-    def _empty(self, num_bytes: int) -> Tensor:
-        free = [b for b in self._blocks if b.numel() >= num_bytes and _references(b) == 1]
-        if free:
-            return min(free, key=Tensor.numel)
-        block = torch.empty(num_bytes, dtype=torch.uint8)
-        self._blocks.append(block)
-        return block
-
-
-def _references(block: Tensor) -> int:
-    """How many tensors share the block's storage."""
-    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) - 1  # less the storage object made just now
-
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """An uninitialised tensor; while a graph records, one whose memory stays valid for every replay."""
-    if _recording is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    count = 1
-    for size in shape:
-        count *= size
-    num_bytes = count * dtype.itemsize
-    return _recording._empty(max(64, num_bytes))[:num_bytes].view(dtype).view(shape)
+    """An uninitialised tensor: while a graph records, one whose memory stays valid for every replay; a big one outside
+    of graphs, memory that an earlier tensor had."""
+    if _recording is not None:
+        return _recording.pool.take(shape, dtype)
+    if torch.device(device).type == "cpu" and num_bytes(shape, dtype) >= POOLED_BYTES:
+        return _shared.take(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -104,7 +104,7 @@ def _forward_cpu(
 def _backward_cpu(
     dy: Tensor, d_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, eps: float, weight_grad: Tensor
 ) -> Tensor:
-    dx = torch.empty_like(x)
+    dx = empty(tuple(x.shape), x.dtype)
     inputs = [address(tensor) for tensor in (dy, d_sum, x, weight, rstd)]
     extension().rms_norm_backward(dtype_code(x.dtype), *inputs, address(dx), address(weight_grad), *x.shape)
     return dx

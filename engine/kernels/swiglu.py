@@ -57,7 +57,7 @@ def _forward_cpu(gate_up: Tensor) -> Tensor:
 
 
 def _backward_cpu(dy: Tensor, gate_up: Tensor) -> Tensor:
-    grad = torch.empty_like(gate_up)
+    grad = empty(tuple(gate_up.shape), gate_up.dtype)
     code = dtype_code(gate_up.dtype)
     extension().swiglu_backward(code, address(dy), address(gate_up), address(grad), *dy.shape)
     return grad

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.graph import empty
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 from engine.kernels.weight import Weight
@@ -105,7 +106,7 @@ class _TokenLogprob(torch.autograd.Function):
         zeros = torch.zeros_like(entropy)
         d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
         d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
-        d_hidden = torch.empty_like(hidden)
+        d_hidden = empty(tuple(hidden.shape), hidden.dtype)
         for part in _chunks(hidden.shape[0], ctx.chunk):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = linear(x, ctx.head, out_dtype=torch.float32)  # [c, V]
@@ -154,7 +155,7 @@ def _backward_cpu(
     d_entropy: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    d_logits = logits if dtype == logits.dtype else torch.empty(logits.shape, dtype=dtype)
+    d_logits = logits if dtype == logits.dtype else empty(tuple(logits.shape), dtype)
     inputs = (logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, d_logits)
     extension().logits_logprob_backward(dtype_code(dtype), *(address(tensor) for tensor in inputs), *logits.shape)
     return d_logits

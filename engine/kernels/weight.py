@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.kernels.memory import zeros
 from engine.kernels.op import cpu_missing, extension
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/common.h numbers them
@@ -90,7 +91,7 @@ class Weight:
     def grad_buffer(self) -> Tensor:
         """`grad`, made of zeros on first use."""
         if self.grad is None:
-            self.grad = _zeros(self.shape, torch.float32)
+            self.grad = zeros(self.shape, torch.float32)
         return self.grad
 
     def zero_grad(self) -> None:
@@ -105,17 +106,9 @@ class Weight:
 
 def _storage(shape: tuple[int, ...], dtype: torch.dtype, packed: bool) -> Tensor:
     if not packed:
-        return _zeros(shape, dtype)
+        return zeros(shape, dtype)
     rows, width = shape
     panels = -(-rows // PANEL)
     if dtype == torch.bfloat16:
-        return _zeros((panels, -(-width // 2), PANEL, 2), dtype)
-    return _zeros((panels, width, PANEL), dtype)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros, on huge pages where the system has them: small pages stop the prefetch of a streamed weight."""
-    out = torch.empty(shape, dtype=dtype)
-    if not cpu_missing():
-        extension().advise_huge_pages(out.data_ptr(), out.numel() * out.element_size())
-    return out.zero_()
+        return zeros((panels, -(-width // 2), PANEL, 2), dtype)
+    return zeros((panels, width, PANEL), dtype)

@@ -108,3 +108,15 @@ def test_matches_llama_of_transformers_bitwise_in_bfloat16_rounding():
 def test_a_weight_of_another_width_is_refused():
     with pytest.raises(InputError, match=r"weight has shape \[8\]; it must be \[7\]"):
         rms_norm(torch.zeros(2, 7), weight_of(torch.ones(8), torch.float32), EPS)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_kind_of_bfloat16_sum_is_rounded_as_torch_rounds(isa):
+    """Random bit patterns: ties, subnormals, overflow to infinity, infinities and NaN, in vectors and in tails."""
+    bits = torch.randint(-(2**15), 2**15, (2, 997, 61), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    x, delta = bits.view(torch.bfloat16)
+    near = x * torch.linspace(-2.0, 2.0, 61).bfloat16()  # of one size, so that sums do round
+    weight = weight_of(torch.ones(61), torch.bfloat16)
+    with use_isa(isa):
+        for other in (delta, near):
+            assert_same_bits(add_rms_norm(x, other.contiguous(), weight, EPS)[0], x + other, "sum")

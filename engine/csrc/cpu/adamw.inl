@@ -31,8 +31,8 @@ static void adamw_run(const AdamWFactors& a, const float* grad, float* master, f
 constexpr int64_t kTileColumns = 256;  // of a 16-row panel: the tile's new weights, 16 KiB, stay in the first cache
 
 template <class T>
-static void adamw_packed(const AdamWSettings& settings, const float* grad, float* master, float* exp_avg, float* exp_avg_sq,
-                         T* weight, int64_t rows, int64_t width) {
+static void adamw_packed(const AdamWSettings& settings, const float* grad, float* master, float* exp_avg,
+                         float* exp_avg_sq, T* weight, int64_t rows, int64_t width) {
   const AdamWFactors a = factors_of(settings);
   constexpr int pair = kPair<T>;
   int64_t tiles = ceil_div(width, kTileColumns), panel_elements = round_up(width, pair) * 16;
@@ -60,8 +60,8 @@ static void adamw_packed(const AdamWSettings& settings, const float* grad, float
 }
 
 template <class T>
-static void adamw_dense(const AdamWSettings& settings, const float* grad, float* master, float* exp_avg, float* exp_avg_sq, T* weight,
-                        int64_t count) {
+static void adamw_dense(const AdamWSettings& settings, const float* grad, float* master, float* exp_avg,
+                        float* exp_avg_sq, T* weight, int64_t count) {
   const AdamWFactors a = factors_of(settings);
   constexpr int64_t block = 4096;
   parallel_for(ceil_div(count, block), 4, [=](int64_t begin, int64_t end) {

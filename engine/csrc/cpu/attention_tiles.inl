@@ -142,43 +142,66 @@ SIMD_INLINE void multiply(const bf16* a, int64_t lda, int rows, int depth, int c
 struct Matrix {};
 #endif
 
+// Sixteen running sums. AVX2 has registers of eight, and GCC spills vectors wider than its registers.
+#if ISA_LEVEL == 1
+struct Sums {
+  __m256 low, high;
+};
+SIMD_INLINE Sums load_sums(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SIMD_INLINE Sums no_sums() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+SIMD_INLINE void store(float* p, Sums v) { _mm256_storeu_ps(p, v.low), _mm256_storeu_ps(p + 8, v.high); }
+SIMD_INLINE Sums add_products(float a, Sums b, Sums c) {
+  const __m256 all = _mm256_set1_ps(a);
+  return {_mm256_fmadd_ps(all, b.low, c.low), _mm256_fmadd_ps(all, b.high, c.high)};
+}
+#else
+typedef f32x16 Sums;
+SIMD_INLINE Sums load_sums(const float* p) { return load(p); }
+SIMD_INLINE Sums no_sums() { return splat(0.f); }
+SIMD_INLINE Sums add_products(float a, Sums b, Sums c) { return fma(splat(a), b, c); }
+#endif
+
 // One step of kPair products: a broadcast from A, a vector of 16 columns.
-SIMD_INLINE f32x16 step(const float* a, f32x16 b, f32x16 c) { return fma(splat(*a), b, c); }
-SIMD_INLINE f32x16 panel_vector(const float* b) { return load(b); }
+SIMD_INLINE Sums panel_vector(const float* b) { return load_sums(b); }
+SIMD_INLINE Sums step(const float* a, Sums b, Sums c) { return add_products(*a, b, c); }
 #if ISA_LEVEL >= 3
 SIMD_INLINE i32x16 panel_vector(const bf16* b) {
   i32x16 v;
   std::memcpy(&v, b, 64);
   return v;
 }
-SIMD_INLINE f32x16 step(const bf16* a, i32x16 b, f32x16 c) {
+SIMD_INLINE Sums step(const bf16* a, i32x16 b, Sums c) {
   int32_t pair;
   std::memcpy(&pair, a, 4);
   return (f32x16)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
 }
 #else
 struct Pairs {
-  f32x16 even, odd;
+  Sums even, odd;
 };
 SIMD_INLINE Pairs panel_vector(const bf16* b) {
+#if ISA_LEVEL == 1
+  const __m256i low = _mm256_loadu_si256((const __m256i*)b), high = _mm256_loadu_si256((const __m256i*)(b + 16));
+  const __m256i mask = _mm256_set1_epi32(int(0xffff0000u));
+  return {{(__m256)_mm256_slli_epi32(low, 16), (__m256)_mm256_slli_epi32(high, 16)},
+          {(__m256)_mm256_and_si256(low, mask), (__m256)_mm256_and_si256(high, mask)}};
+#else
   u32x16 v;
   std::memcpy(&v, b, 64);
-  u32x16 even = v << 16, odd = v & 0xffff0000u;
-  Pairs out;
-  std::memcpy(&out.even, &even, 64), std::memcpy(&out.odd, &odd, 64);
-  return out;
+  return {(f32x16)(v << 16), (f32x16)(v & 0xffff0000u)};
+#endif
 }
-SIMD_INLINE f32x16 step(const bf16* a, Pairs b, f32x16 c) {
-  return fma(splat(to_float(a[1])), b.odd, fma(splat(to_float(a[0])), b.even, c));
+SIMD_INLINE Sums step(const bf16* a, Pairs b, Sums c) {
+  return add_products(to_float(a[1]), b.odd, add_products(to_float(a[0]), b.even, c));
 }
 #endif
 
 template <int R, int C, class T, class Panel>
 SIMD_INLINE void multiply_block(const T* a, int64_t lda, int depth, int chunks, int first, Panel&& panel, float* c,
                                 int64_t ldc, bool add) {
-  f32x16 sum[R][C];
+  Sums sum[R][C];
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < C; j++) sum[r][j] = add ? load(c + r * ldc + 16 * j) : splat(0.f);
+    for (int j = 0; j < C; j++) sum[r][j] = add ? load_sums(c + r * ldc + 16 * j) : no_sums();
   for (int chunk = 0; chunk < chunks; chunk++) {
     const T* b[C];
     for (int j = 0; j < C; j++) b[j] = panel(first + j, chunk);

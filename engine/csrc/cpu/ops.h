@@ -14,7 +14,6 @@ void pack_rows(void* storage, DType dtype, int64_t width, int64_t row, int64_t r
                DType source_dtype, int64_t source_stride);
 void unpack_rows(const void* storage, DType dtype, int64_t width, int64_t row, int64_t rows, void* target,
                  DType target_dtype, int64_t target_stride);
-void advise_huge_pages(void* data, int64_t bytes);
 
 struct LinearShape {
   int64_t tokens, columns, depth;  // x [tokens, depth], W [columns, depth], y [tokens, columns]

@@ -22,7 +22,7 @@ SIMD_INLINE void store_lanes(T* p, f32x16 v, int lanes) {
 template <class T>
 SIMD_INLINE f32x16 rounded(f32x16 v) {
   if constexpr (sizeof(T) == 2)
-    return widen(narrow(v));
+    return round_bf16(v);
   else
     return v;
 }

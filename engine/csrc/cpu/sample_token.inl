@@ -8,7 +8,7 @@ struct RowInput {
   float scale;  // z = logit * scale
 };
 
-// z and exp(z - shift) of one chunk, in memory for the scalar walks.
+// z and exp(z - shift) of one chunk, in memory for the scalar walks; past the row's end z is -inf.
 struct ChunkTerms {
   alignas(64) float logit[kChunk];
   alignas(64) float exponential[kChunk];
@@ -18,7 +18,8 @@ SIMD_INLINE void fill(ChunkTerms& terms, const RowInput& in, float shift, int64_
   terms.first = chunk * kChunk;
   terms.columns = std::min(kChunk, in.vocab - terms.first);
   for (int64_t k = 0; k < terms.columns; k += kLanes) {
-    f32x16 z = load_lanes(in.logits + terms.first + k, lanes_at(k, terms.columns)) * in.scale;
+    int lanes = lanes_at(k, terms.columns);
+    f32x16 z = load_lanes(in.logits + terms.first + k, lanes, -__builtin_inff()) * in.scale;
     store(terms.logit + k, z);
     store(terms.exponential + k, exp(z - shift));
   }
@@ -39,22 +40,30 @@ constexpr float kBucketsPerUnit = 64.f;
 
 struct Buckets {
   const RowInput& in;
-  float largest;
+  const SoftmaxRow& row;
   int64_t count[kBuckets] = {};
   double mass[kBuckets] = {};
   std::vector<Candidate> sorted;
   int sorted_bucket = -1;
 };
 SIMD_INLINE int bucket_of(float below) { return int(std::min(below * kBucketsPerUnit, float(kBuckets - 1))); }
+SIMD_INLINE void buckets_of(const ChunkTerms& terms, float largest, int32_t* bucket) {
+  for (int64_t k = 0; k < terms.columns; k += kLanes) {
+    f32x16 below = (largest - load(terms.logit + k)) * kBucketsPerUnit;
+    i32x16 whole = __builtin_convertvector(min(below, splat(kBuckets - 1)), i32x16);
+    std::memcpy(bucket + k, &whole, 64);
+  }
+}
 
 static void count_buckets(Buckets& b) {
   ChunkTerms terms;
+  alignas(64) int32_t bucket[kChunk];
   for (int64_t c = 0; c < chunks_of(b.in.vocab); c++) {
-    fill(terms, b.in, b.largest, c);
+    fill(terms, b.in, b.row.max, c);
+    buckets_of(terms, b.row.max, bucket);
     for (int64_t i = 0; i < terms.columns; i++) {
-      int bucket = bucket_of(b.largest - terms.logit[i]);
-      b.count[bucket]++;
-      b.mass[bucket] += double(terms.exponential[i]);
+      b.count[bucket[i]]++;
+      b.mass[bucket[i]] += double(terms.exponential[i]);
     }
   }
 }
@@ -64,10 +73,13 @@ static const std::vector<Candidate>& sorted_bucket(Buckets& b, int bucket) {
   b.sorted.clear();
   b.sorted_bucket = bucket;
   ChunkTerms terms;
+  alignas(64) int32_t at[kChunk];
   for (int64_t c = 0; c < chunks_of(b.in.vocab); c++) {
-    fill(terms, b.in, b.largest, c);
+    if (bucket_of(b.row.max - b.row.chunk_max[c]) > bucket) continue;
+    fill(terms, b.in, b.row.max, c);
+    buckets_of(terms, b.row.max, at);
     for (int64_t i = 0; i < terms.columns; i++)
-      if (bucket_of(b.largest - terms.logit[i]) == bucket)
+      if (at[i] == bucket)
         b.sorted.push_back({terms.logit[i], terms.exponential[i], terms.first + i});
   }
   std::sort(b.sorted.begin(), b.sorted.end(), [](const Candidate& x, const Candidate& y) { return x.before(y); });
@@ -80,7 +92,7 @@ static int64_t count_min_p(Buckets& b, float min_p) {
   int last = bucket_of(limit);
   int64_t n = 0;
   for (int i = 0; i < last; i++) n += b.count[i];
-  for (const Candidate& c : sorted_bucket(b, last)) n += b.largest - c.z <= limit;
+  for (const Candidate& c : sorted_bucket(b, last)) n += b.row.max - c.z <= limit;
   return n;
 }
 
@@ -151,8 +163,13 @@ static int64_t draw_from(const RowInput& in, const SoftmaxRow& row, const Candid
   for (int64_t c = 0; c < chunks; c++) {
     if (row.chunk_max[c] < last.z) continue;
     fill(terms, in, row.max, c);
-    for (int64_t i = 0; i < terms.columns; i++)
-      if (holds(terms.logit[i], terms.first + i)) masses[size_t(c)] += double(terms.exponential[i]);
+    f32x16 sum = {}, lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t k = 0; k < terms.columns; k += kLanes) {  // `holds`, 16 ids at a time
+      f32x16 z = load(terms.logit + k), e = load(terms.exponential + k), limit = splat(last.z);
+      f32x16 tied = where_less(splat(float(last.id - terms.first - k)), lane, f32x16{}, e);
+      sum = sum + where_less(limit, z, e, where_less(z, limit, f32x16{}, tied));
+    }
+    masses[size_t(c)] = double(reduce_add(sum));
     total += masses[size_t(c)];
   }
   double target = u * total, before = 0.0;
@@ -199,7 +216,7 @@ static void sample_token_rows(const float* logits, const float* temperature, con
       } else if (!cut_k && !cut_p && !cut_min) {
         id = draw(in, row, uniform(seed[r], counter[r]));
       } else {
-        auto b = std::unique_ptr<Buckets>(new Buckets{in, row.max});
+        auto b = std::unique_ptr<Buckets>(new Buckets{in, row});
         count_buckets(*b);
         const double no_limit = std::numeric_limits<double>::infinity();
         int64_t length = cut_min ? count_min_p(*b, min_p[r]) : vocab;

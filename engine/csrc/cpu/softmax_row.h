@@ -29,35 +29,46 @@ SIMD_INLINE float logprob_of(const SoftmaxRow& row, float z) {
 // A chunk that holds nothing but -inf must not become NaN: its exponentials are taken against 0 and are all 0.
 SIMD_INLINE float shift_of(float chunk_max) { return chunk_max == -__builtin_inff() ? 0.f : chunk_max; }
 
+struct ChunkSums {
+  float max, sum, moment;
+};
+template <bool kMoment>
+SIMD_INLINE ChunkSums sum_chunk(const float* p, int64_t columns, float inv_temperature) {
+  const float minus_inf = -__builtin_inff();
+  f32x16 largest = splat(minus_inf), sum = {}, moment = {};
+  for (int64_t k = 0; k < columns; k += kLanes)
+    largest = max(largest, load_lanes(p + k, lanes_at(k, columns), minus_inf) * inv_temperature);
+  ChunkSums out{reduce_max(largest), 0.f, 0.f};
+  f32x16 shift = splat(shift_of(out.max));
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    f32x16 d = load_lanes(p + k, lanes_at(k, columns), minus_inf) * inv_temperature - shift;
+    f32x16 e = exp(d);
+    sum = sum + e;
+    if constexpr (kMoment) moment = fma(e, max(d, splat(-100.f)), moment);  // exp(-100) is 0: 0 * -inf must be 0
+  }
+  out.sum = reduce_add(sum);
+  if constexpr (kMoment) out.moment = reduce_add(moment);
+  return out;
+}
+
 // `scratch` holds scratch_floats(vocab) floats; the result points into it.
 template <bool kMoment>
 SIMD_INLINE SoftmaxRow softmax_row(const float* logits, int64_t vocab, float inv_temperature, float* scratch) {
-  const float minus_inf = -__builtin_inff();
   int64_t chunks = chunks_of(vocab), padded = round_up(chunks, kLanes);
   float *chunk_max = scratch, *chunk_sum = scratch + padded, *chunk_scale = scratch + 2 * padded;
   float* chunk_moment = scratch + 3 * padded;
-  f32x16 row_max = splat(minus_inf);
+  float row_max = -__builtin_inff();
   for (int64_t c = 0; c < chunks; c++) {
     const float* p = logits + c * kChunk;
     int64_t columns = std::min(kChunk, vocab - c * kChunk);
-    f32x16 sum[2] = {}, moment = {};
-    f32x16 largest = splat(minus_inf);
-    for (int64_t k = 0; k < columns; k += kLanes)
-      largest = max(largest, load_lanes(p + k, lanes_at(k, columns), minus_inf) * inv_temperature);
-    chunk_max[c] = reduce_max(largest);
-    row_max = max(row_max, largest);
-    f32x16 shift = splat(shift_of(chunk_max[c]));
-    for (int64_t k = 0; k < columns; k += kLanes) {
-      f32x16 d = load_lanes(p + k, lanes_at(k, columns), minus_inf) * inv_temperature - shift;
-      f32x16 e = exp(d);
-      f32x16& s = sum[k / kLanes % 2];
-      s = s + e;
-      if constexpr (kMoment) moment = fma(e, max(d, splat(-100.f)), moment);  // exp(-100) is 0: 0 * -inf must be 0
-    }
-    chunk_sum[c] = reduce_add(sum[0] + sum[1]);
-    if constexpr (kMoment) chunk_moment[c] = reduce_add(moment);
+    // A known number of columns lets the compiler unroll.
+    ChunkSums s = columns == kChunk ? sum_chunk<kMoment>(p, kChunk, inv_temperature)
+                                    : sum_chunk<kMoment>(p, columns, inv_temperature);
+    chunk_max[c] = s.max, chunk_sum[c] = s.sum;
+    if constexpr (kMoment) chunk_moment[c] = s.moment;
+    row_max = s.max > row_max ? s.max : row_max;
   }
-  SoftmaxRow row{reduce_max(row_max), 0.0, 0.0, 0.0, chunk_max, chunk_sum, chunk_scale};
+  SoftmaxRow row{row_max, 0.0, 0.0, 0.0, chunk_max, chunk_sum, chunk_scale};
   for (int64_t c = 0; c < chunks; c += kLanes)
     store(chunk_scale + c, exp(load_lanes(chunk_max + c, lanes_at(c, chunks)) - splat(row.max)));
   for (int64_t c = 0; c < chunks; c++) {

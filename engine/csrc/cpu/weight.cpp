@@ -1,9 +1,6 @@
 // Packing a dense matrix into panels of 16 rows and back (the layout is drawn in docs/architecture.md).
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "ops.h"
 #include "parallel.h"
@@ -70,15 +67,6 @@ void unpack_rows(const void* storage, DType dtype, int64_t width, int64_t row, i
   with_types(dtype, target_dtype, [&](auto t, auto s) {
     unpack(static_cast<const decltype(t)*>(storage), width, row, rows, static_cast<decltype(s)*>(target), target_stride);
   });
-}
-
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a refusal costs speed only
-#endif
 }
 
 }  // namespace caduceus
