@@ -171,5 +171,9 @@ def _closing(console: Console, summary: dict[str, Any], root: Path) -> None:
     table.add_row("weight bytes copied or sent", "", f"{summary['weight_bytes_moved']:,}")
     table.add_row("seconds", "", f"{summary['seconds']:.0f}")
     console.print(table)
-    for line in (f"report:  {root}/report.html", f"talk to it:  python -m engine chat {root}/checkpoint --think"):
+    lines = (
+        f"report:      {root}/report.html",
+        f"talk to it:  python -m engine chat {root}/checkpoint --think   (it adds three-digit numbers: 347+585=)",
+    )
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
