@@ -93,7 +93,7 @@ constexpr int64_t kPackGrainBytes = 64 << 10;  // less than this the calling thr
 constexpr int64_t kItemsPerThread = 4;         // at least, where panels are divided
 
 template <class Kernel, class T>
-void pack_rows(const Gemm<T>& g, int64_t first, int64_t rows, char* packed) {
+void pack_block(const Gemm<T>& g, int64_t first, int64_t rows, char* packed) {
   constexpr int64_t H = Kernel::kRows;
   for (int64_t r = 0; r < rows; r += H)
     Kernel::pack(g, first + r, int(std::min(H, rows - r)), packed + r * Kernel::packed_row_bytes(g.depth));
@@ -107,7 +107,7 @@ void multiply_rows(const Gemm<T>& g, const char* packed, int64_t first, int64_t 
     int width = int(std::min(W, ceil_div(g.columns, kLanes) - column * W));
     for (int64_t r = 0; r < rows; r += H)
       Kernel::block(g, packed + r * Kernel::packed_row_bytes(g.depth), first + r, int(std::min(H, rows - r)),
-                    column * W, width);
+                    column * W, width, r == 0);
   }
 }
 
@@ -128,7 +128,7 @@ void gemm(const Gemm<T>& g) {
       for (int64_t first = begin * height; first < std::min(end * height, g.rows); first += height) {
         int64_t rows = std::min(height, g.rows - first);
         char* packed = static_cast<char*>(scratch(Scratch::kRows, round_up(rows, kLanes) * row_bytes));
-        pack_rows<Kernel>(g, first, rows, packed);
+        pack_block<Kernel>(g, first, rows, packed);
         multiply_rows<Kernel>(g, packed, first, rows, 0, columns);
       }
     });
@@ -136,7 +136,7 @@ void gemm(const Gemm<T>& g) {
   }
   char* packed = static_cast<char*>(scratch(Scratch::kRows, round_up(g.rows, kLanes) * row_bytes));
   parallel_for(ceil_div(g.rows, H), ceil_div(kPackGrainBytes, H * row_bytes + 1), [&](int64_t begin, int64_t end) {
-    pack_rows<Kernel>(g, begin * H, std::min(end * H, g.rows) - begin * H, packed + begin * H * row_bytes);
+    pack_block<Kernel>(g, begin * H, std::min(end * H, g.rows) - begin * H, packed + begin * H * row_bytes);
   });
   blocks = ceil_div(g.rows, most_rows);
   int64_t height = round_up(ceil_div(g.rows, std::max<int64_t>(1, blocks)), H);

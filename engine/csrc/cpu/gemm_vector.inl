@@ -86,17 +86,19 @@ struct VectorKernel {
     }
   }
 
-  // C at [row, row + height) x panels [panel, panel + width); `a` are the packed rows.
-  static void block(const Gemm<T>& g, const char* a, int64_t row, int height, int64_t panel, int width) {
+  // C at [row, row + height) x panels [panel, panel + width); `a` are the packed rows. The first block of rows to use
+  // these panels fetches them from memory.
+  static void block(const Gemm<T>& g, const char* a, int64_t row, int height, int64_t panel, int width,
+                    bool first) {
     alignas(64) float sums[kRows * kPanels * kLanes];
     if (g.start) begin_block(g, row, height, panel, width, sums);
     const float* b = reinterpret_cast<const float*>(g.panels + panel * g.panel_stride);
     int64_t b_stride = g.panel_stride / kPair<T>, steps = ceil_div(g.depth, kPair<T>);
     with_height<kRows>(height, [&](auto h) {
       if (kPanels == 2 && width == 1)
-        sum<h(), 1>(reinterpret_cast<const Lane*>(a), b, b_stride, steps, sums, g.start);
+        sum<h(), 1>(reinterpret_cast<const Lane*>(a), b, b_stride, steps, sums, g.start, first);
       else
-        sum<h(), kPanels>(reinterpret_cast<const Lane*>(a), b, b_stride, steps, sums, g.start);
+        sum<h(), kPanels>(reinterpret_cast<const Lane*>(a), b, b_stride, steps, sums, g.start, first);
     });
     end_block(g, row, height, panel, width, sums);
   }
@@ -124,13 +126,14 @@ struct VectorKernel {
   }
 
   template <int H, int W>
-  static void sum(const Lane* a, const float* b, int64_t b_stride, int64_t steps, float* sums, bool resume) {
+  static void sum(const Lane* a, const float* b, int64_t b_stride, int64_t steps, float* sums, bool resume,
+                  bool first) {
     constexpr int V = W * kPerPanel;
     Native sum[H][V];
     for (int h = 0; h < H; h++)
       for (int v = 0; v < V; v++) sum[h][v] = resume ? native_load(sums + (h * V + v) * kWidth) : native_splat(0.f);
     for (int64_t s = 0; s < steps; s++, a += kSplit * H, b += kLanes) {
-      if (H <= 4)  // few rows: the panels come from memory, once
+      if (first)
         for (int w = 0; w < W; w++) __builtin_prefetch(b + w * b_stride + kAhead);
       Native column[V];
       for (int v = 0; v < V; v++)
