@@ -1,0 +1,1 @@
+"""Post-training on the engine: environments, rollouts, GRPO, supervised fine-tuning, evaluation, the demo."""

@@ -47,6 +47,7 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int = 64
     seed: int = 1_000_003
     every: int = 0  # steps between evaluations in training; 0: none
+    thinking: bool = True  # the mode of evaluations in training
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "problems", "samples", "max_tokens")

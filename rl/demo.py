@@ -78,7 +78,7 @@ def demo(
         if run.step < train_config.steps:
             return False
         after = _both_modes(run.collector, train_config)
-    summary = summarise(root, before, after, time.perf_counter() - start, run.engine.config.threads)
+    summary = summarise(root, train_config, before, after, time.perf_counter() - start)
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report(root / "report.html", root, root / "sft", summary, "A model learns to think")
     _closing(console, summary, root)
@@ -86,7 +86,7 @@ def demo(
 
 
 def summarise(
-    root: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, threads: int = 0
+    root: Path, config: TrainConfig, before: dict[str, Any], after: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What was measured. Rates are over all steps of the GRPO run; `seconds` are those of this process."""
     steps = read_lines(root / "metrics.jsonl")
@@ -96,6 +96,7 @@ def summarise(
         "accuracy_direct_before": before["direct"]["accuracy"],
         "accuracy_direct_after": after["direct"]["accuracy"],
         "held_out_problems": after["think"]["problems"],
+        "evaluation_temperature": config.evaluation.temperature,
         "tokens_think_before": before["think"]["mean_tokens"],
         "tokens_think_after": after["think"]["mean_tokens"],
         "max_abs_logprob_difference": max(step["max_abs_logprob_difference"] for step in steps),
@@ -105,7 +106,7 @@ def summarise(
         "weight_bytes_moved": max(step["weight_bytes_moved"] for step in steps),
         "sft_steps": len(read_lines(root / "sft" / "metrics.jsonl")),
         "rl_steps": len(steps),
-        "threads": threads or len(os.sched_getaffinity(0)),
+        "threads": config.engine.threads or len(os.sched_getaffinity(0)),
         "seconds": seconds,
     }
 
@@ -158,9 +159,8 @@ def _both_modes(collector: Collector, config: TrainConfig) -> dict[str, Any]:
 
 
 def _closing(console: Console, summary: dict[str, Any], root: Path) -> None:
-    table = Table(
-        "", "before", "after", title=f"{summary['held_out_problems']} held-out problems", title_justify="left"
-    )
+    title = f"{summary['held_out_problems']} held-out problems, temperature {summary['evaluation_temperature']:g}"
+    table = Table("", "before", "after", title=title, title_justify="left")
     for mode, label in (("think", "accuracy, thinking"), ("direct", "accuracy, direct")):
         table.add_row(label, *(f"{summary[f'accuracy_{mode}_{when}']:.1%}" for when in ("before", "after")))
     table.add_section()
@@ -171,5 +171,9 @@ def _closing(console: Console, summary: dict[str, Any], root: Path) -> None:
     table.add_row("weight bytes copied or sent", "", f"{summary['weight_bytes_moved']:,}")
     table.add_row("seconds", "", f"{summary['seconds']:.0f}")
     console.print(table)
-    for line in (f"report:  {root}/report.html", f"talk to it:  python -m engine chat {root}/checkpoint --think"):
+    lines = (
+        f"report:      {root}/report.html",
+        f"talk to it:  python -m engine chat {root}/checkpoint --think   (it adds three-digit numbers: 347+585=)",
+    )
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

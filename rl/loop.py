@@ -56,7 +56,7 @@ def rollout(run: Run) -> list[list[Rollout]]:
         first = (run.step * (1 + config.resample_rounds) + attempt) * config.prompts_per_step
         problems = [run.env.problem(first + index, config.seed) for index in range(missing)]
         seed = derive_seed(config.seed, "rollout", run.step, attempt)
-        fresh = run.collector.collect(problems, config.group_size, params, seed)
+        fresh = run.collector.collect(problems, config.group_size, params, seed, first_group=len(groups))
         groups += fresh
         missing -= sum(len({rollout.reward for rollout in group if rollout.failure is None}) > 1 for group in fresh)
         if missing <= 0:

@@ -60,7 +60,10 @@ def _lead(steps: list[Record], summary: Record | None) -> str:
 def _tiles(steps: list[Record], summary: Record | None) -> list[Record]:
     tiles = []
     if summary:
-        gained = f"from {summary['accuracy_think_before']:.1%}, {summary['held_out_problems']} held-out problems"
+        gained = (
+            f"from {summary['accuracy_think_before']:.1%}, {summary['held_out_problems']} held-out problems, "
+            f"temperature {summary['evaluation_temperature']:g}"
+        )
         tiles.append(_tile("accuracy, thinking", f"{summary['accuracy_think_after']:.1%}", gained))
         gained = f"from {summary['accuracy_direct_before']:.1%}, the same problems"
         tiles.append(_tile("accuracy, direct", f"{summary['accuracy_direct_after']:.1%}", gained))

@@ -81,10 +81,14 @@ class Collector:
         self._loop.close()
 
     def collect(
-        self, problems: Sequence[Problem], group_size: int, params: SamplingParams, seed: int
+        self, problems: Sequence[Problem], group_size: int, params: SamplingParams, seed: int, first_group: int = 0
     ) -> list[list[Rollout]]:
-        """`group_size` rollouts of each problem, [P][G]: a function of the weights and `seed`."""
-        groups = [[Rollout(g, p, self.env.episode(p)) for _ in range(group_size)] for g, p in enumerate(problems)]
+        """`group_size` rollouts of each problem, [P][G]: a function of the weights and `seed`. Groups are numbered from
+        `first_group`."""
+        groups = [
+            [Rollout(group, problem, self.env.episode(problem)) for _ in range(group_size)]
+            for group, problem in enumerate(problems, first_group)
+        ]
         rollouts = [rollout for group in groups for rollout in group]
         self._environment(self._reset(rollout) for rollout in rollouts)
         for turn in range(self.max_turns):

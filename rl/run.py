@@ -80,9 +80,9 @@ class Run:
         return sum(size for name, (address, size) in self.addresses.items() if after.get(name) != (address, size))
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy, thinking, and the seconds it took."""
+        """Held-out accuracy and the seconds it took."""
         start = time.perf_counter()
-        evaluation = evaluate(self.collector, self.config.evaluation, thinking=True)
+        evaluation = evaluate(self.collector, self.config.evaluation, self.config.evaluation.thinking)
         self.take_seconds()  # the evaluation's own sampling is no part of the next step's
         return {"held_out_accuracy": evaluation.accuracy, "evaluation_seconds": time.perf_counter() - start}
 

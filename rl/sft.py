@@ -57,7 +57,7 @@ def sft(config: SFTConfig, resume: bool = False, progress: Progress | None = Non
                 record = sft_step(engine, next(batches), step, config)
                 step += 1
                 if collector and config.evaluation.every and step % config.evaluation.every == 0:
-                    accuracy = evaluate(collector, config.evaluation, thinking=True).accuracy
+                    accuracy = evaluate(collector, config.evaluation, config.evaluation.thinking).accuracy
                     record["held_out_accuracy"] = accuracy
                     good_enough = config.stop_at_accuracy is not None and accuracy >= config.stop_at_accuracy
                 metrics.write(record)

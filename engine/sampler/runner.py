@@ -15,6 +15,7 @@ from engine.kernels.graph import Graph
 from engine.kernels.linear import linear
 from engine.kernels.op import cpu_missing
 from engine.kernels.sample_token import sample_token, top_logprobs
+from engine.kernels.token_logprob import inverse_temperature
 from engine.model import Transformer
 from engine.sampler.scheduler import Step
 from engine.sampler.slots import Slots
@@ -87,19 +88,22 @@ class Runner:
         for begin in range(0, count, chunk):
             part = slice(begin, begin + chunk)
             chosen = step.sample_slots[part]
-            rows, which = np.unique(step.sample_rows[part], return_inverse=True)
+            rows = step.sample_rows[part]
+            if step.forked:
+                rows, which = np.unique(rows, return_inverse=True)
             logits = linear(take_rows(hidden, rows), self.model.head, out_dtype=torch.float32)  # [U, V]
-            if len(rows) < len(which):
+            if step.forked:
                 logits = take_rows(logits, which)  # [R, V]: siblings fork from one row
             counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
             columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
             temperature, top_k, top_p, min_p, seed = (torch.from_numpy(c[chosen]) for c in columns)
             drawn = sample_token(logits, temperature, top_k, top_p, min_p, seed, torch.from_numpy(counter))
             tokens[part], logprobs[part], kept_mass[part] = (t.numpy() for t in drawn)
-            for index, slot in enumerate(chosen.tolist()):
-                if slots.watched[slot] and (k := slots.sequence[slot].params.logprobs):  # type: ignore[union-attr]
-                    heat = float(slots.temperature[slot]) or 1.0
-                    ids, values = top_logprobs(logits[index : index + 1], k, torch.tensor([1.0 / heat]))
+            for index in np.flatnonzero(slots.watched[chosen]).tolist():
+                slot = int(chosen[index])
+                if k := slots.sequence[slot].params.logprobs:  # type: ignore[union-attr]
+                    heat = torch.tensor([inverse_temperature(float(slots.temperature[slot]) or 1.0)])
+                    ids, values = top_logprobs(logits[index : index + 1], k, heat)
                     alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
         return tokens, logprobs, kept_mass, alternatives
 

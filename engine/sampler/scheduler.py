@@ -28,6 +28,7 @@ class Step:
     sample_rows: np.ndarray  # int32 [R] from which row of the hidden states; forked siblings share their leader's
     copies: list[tuple[int, int]]  # pages (from, to) to copy after the forward, for siblings
     num_decode: int  # leading entries of `slots` that decode
+    forked: bool = False  # some rows are sampled from more than once; else `sample_rows` are distinct and ascending
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +85,7 @@ class Scheduler:
             forked = [(new, row) for slot, row in forks for new in self._fork(slot, copies)]
             sample_slots = np.concatenate([sample_slots, np.array([s for s, _ in forked], dtype=np.int32)])
             sample_rows = np.concatenate([sample_rows, np.array([r for _, r in forked], dtype=np.int32)])
-        return Step(running, num_new, sample_slots, sample_rows, copies, len(decodes))
+        return Step(running, num_new, sample_slots, sample_rows, copies, len(decodes), bool(forks))
 
     def computed(self, step: Step) -> None:
         """Notes that the step's keys and values are in the cache, and makes its full pages findable."""

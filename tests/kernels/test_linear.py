@@ -87,11 +87,12 @@ def test_forward_and_gradients_agree_with_fp64(
 def test_long_sums_cut_into_blocks_agree_with_fp64(isa: str) -> None:
     """Widths at which the backward keeps partial sums between blocks."""
     tokens, columns, width = 5, 40_000, 130
-    weight, _ = make(columns, width, torch.bfloat16)
-    dy = torch.randn(tokens, columns).bfloat16()
-    dx = linear_grad_input(dy, weight)
-    dy_, w_ = dy.double(), weight.dense().double()
-    assert_close(dx, dy_ @ w_, dy_.abs() @ w_.abs(), torch.bfloat16, columns)
+    for dtype in DTYPES:
+        weight, _ = make(columns, width, dtype)
+        dy = torch.randn(tokens, columns).to(dtype)
+        dx = linear_grad_input(dy, weight)
+        dy_, w_ = dy.double(), weight.dense().double()
+        assert_close(dx, dy_ @ w_, dy_.abs() @ w_.abs(), dtype, columns)
 
     tokens, columns, width = 5000, 33, 17
     weight, _ = make(columns, width, torch.float32)
@@ -120,6 +121,19 @@ def test_every_number_of_rows_gives_the_same_bits(isa: str, dtype: torch.dtype) 
         start = (600 - count) // 2
         part = linear(rows[start : start + count], weight, out_dtype=torch.float32)
         assert_same_bits(part, whole[start : start + count], f"{count} rows")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_large_batch_equal_the_same_rows_alone(
+    isa: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    """So many rows that each thread packs its own and the output goes past the caches; so few that all share."""
+    weight, bias = make(512, 64, dtype, bias=True)
+    rows = torch.randn(1100, 64).to(dtype)
+    alone = torch.cat([linear(part, weight, bias) for part in rows.split(90)])
+    for count in (1, 2):
+        threads(count)
+        assert_same_bits(linear(rows, weight, bias), alone, f"1100 rows on {count} threads")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -108,7 +108,7 @@ def test_sampled_logprob_equals_scored_logprob_bitwise(isa, vocab):
 
 
 def test_inverse_temperature_divides_in_float32_as_the_sampler_does():
-    """Division in float64 gives another float32 for about a sixth of all temperatures."""
+    """Division in float64 gives another float32 for some temperatures."""
     different = 0
     logits, targets = randn(1, 300, scale=3), torch.zeros(1, dtype=torch.int32)
     zero, one = torch.zeros(1), torch.ones(1)

@@ -84,38 +84,70 @@ void end_block(const Gemm<T>& g, int64_t row, int rows, int64_t panel, int panel
                 g.bias ? bias : nullptr);
 }
 
-// Work is cut into items of kRowBlock rows by some panels: rows so many that a panel is read from memory seldom, panels
-// so many that there are a few items per thread.
-constexpr int64_t kRowBlock = 256;
+// Work is cut into items: a block of rows, whose packed A stays in the second-level cache, by a range of panels, which
+// stream past it. Where there are row blocks enough for the threads, each packs its own; else A is packed first, by all
+// threads, and the panels are divided too.
+constexpr int64_t kBlockBytes = 800 << 10;     // of packed A
+constexpr int64_t kMinRows = 256;             // of a thread's own block, or the panels would be read too often
+constexpr int64_t kPackGrainBytes = 64 << 10;  // less than this the calling thread packs alone
+constexpr int64_t kItemsPerThread = 4;         // at least, where panels are divided
+
+template <class Kernel, class T>
+void pack_block(const Gemm<T>& g, int64_t first, int64_t rows, char* packed) {
+  constexpr int64_t H = Kernel::kRows;
+  for (int64_t r = 0; r < rows; r += H)
+    Kernel::pack(g, first + r, int(std::min(H, rows - r)), packed + r * Kernel::packed_row_bytes(g.depth));
+}
+
+// C at rows [first, first + rows) x column blocks [column, last) of W panels each.
+template <class Kernel, class T>
+void multiply_rows(const Gemm<T>& g, const char* packed, int64_t first, int64_t rows, int64_t column, int64_t last) {
+  constexpr int64_t H = Kernel::kRows, W = Kernel::kPanels;
+  for (; column < last; column++) {
+    int width = int(std::min(W, ceil_div(g.columns, kLanes) - column * W));
+    for (int64_t r = 0; r < rows; r += H)
+      Kernel::block(g, packed + r * Kernel::packed_row_bytes(g.depth), first + r, int(std::min(H, rows - r)),
+                    column * W, width, r == 0);
+  }
+}
 
 template <class Kernel, class T>
 void gemm(const Gemm<T>& g) {
-  if (g.rows == 0 || g.columns == 0) return;
-  int64_t panels = ceil_div(g.columns, kLanes);
-  int64_t row_blocks = ceil_div(g.rows, kRowBlock);
-  int64_t block_rows = round_up(ceil_div(g.rows, row_blocks), Kernel::kRows);
-  row_blocks = ceil_div(g.rows, block_rows);
-  int64_t groups = std::max<int64_t>(1, 4 * num_threads() / row_blocks);
-  int64_t group = round_up(ceil_div(panels, groups), Kernel::kPanels);
-  groups = ceil_div(panels, group);
+  constexpr int64_t H = Kernel::kRows, W = Kernel::kPanels;
+  int64_t row_bytes = Kernel::packed_row_bytes(g.depth);
+  int64_t most_rows = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(1, row_bytes) / H, 1, 512 / H) * H;
+  int64_t columns = ceil_div(g.columns, kLanes * W);  // of blocks, W panels wide
 
-  parallel_for(row_blocks * groups, 1, [&](int64_t begin, int64_t end) {
+  int64_t threads = num_threads();
+  int64_t blocks = round_up(ceil_div(g.rows, most_rows), threads);
+  if (g.rows >= 2 * threads * std::min(kMinRows, most_rows)) {
+    blocks = std::max(blocks, 2 * threads);
+    int64_t height = round_up(ceil_div(g.rows, blocks), H);
+    parallel_for(ceil_div(g.rows, height), 1, [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] typename Kernel::Session session;
+      for (int64_t first = begin * height; first < std::min(end * height, g.rows); first += height) {
+        int64_t rows = std::min(height, g.rows - first);
+        char* packed = static_cast<char*>(scratch(Scratch::kRows, round_up(rows, kLanes) * row_bytes));
+        pack_block<Kernel>(g, first, rows, packed);
+        multiply_rows<Kernel>(g, packed, first, rows, 0, columns);
+      }
+    });
+    return;
+  }
+  char* packed = static_cast<char*>(scratch(Scratch::kRows, round_up(g.rows, kLanes) * row_bytes));
+  parallel_for(ceil_div(g.rows, H), ceil_div(kPackGrainBytes, H * row_bytes + 1), [&](int64_t begin, int64_t end) {
+    pack_block<Kernel>(g, begin * H, std::min(end * H, g.rows) - begin * H, packed + begin * H * row_bytes);
+  });
+  blocks = ceil_div(g.rows, most_rows);
+  int64_t height = round_up(ceil_div(g.rows, std::max<int64_t>(1, blocks)), H);
+  int64_t group = std::max<int64_t>(1, columns * blocks / (kItemsPerThread * threads));
+  int64_t groups = ceil_div(columns, group);
+  parallel_for(blocks * groups, 1, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] typename Kernel::Session session;
     for (int64_t item = begin; item < end; item++) {
-      int64_t row = item / groups * block_rows, panel = item % groups * group;
-      int64_t rows = std::min(block_rows, g.rows - row), last = std::min(panels, panel + group);
-      auto a = Kernel::prepare(g, row, rows);
-      alignas(64) float sums[Kernel::kSums];
-      for (; panel < last; panel += Kernel::kPanels) {
-        int width = int(std::min<int64_t>(Kernel::kPanels, last - panel));
-        for (int64_t r = 0; r < rows; r += Kernel::kRows) {
-          int height = int(std::min<int64_t>(Kernel::kRows, rows - r));
-          if (g.start) begin_block(g, row + r, height, panel, width, sums);
-          Kernel::run(a, r, height, g.panels + panel * g.panel_stride, g.panel_stride, width, g.depth, sums,
-                      g.start != nullptr);
-          end_block(g, row + r, height, panel, width, sums);
-        }
-      }
+      int64_t first = item / groups * height, column = item % groups * group;
+      multiply_rows<Kernel>(g, packed + first * row_bytes, first, std::min(height, g.rows - first), column,
+                            std::min(columns, column + group));
     }
   });
 }

@@ -46,72 +46,48 @@ SIMD_INLINE void transpose(u32x16 (&rows)[16]) {
 // The first n (0 to 16) elements' bits; the rest are zero, and memory past them is not read.
 SIMD_INLINE u16x16 load_bits(const bf16* p, int n) {
   u16x16 v = {};
-  if (n == kLanes)
+  if (n == kLanes) {
     std::memcpy(&v, p, 32);
-  else
-    for (int i = 0; i < n; i++) v[i] = p[i].bits;
+    return v;
+  }
+#if ISA_LEVEL >= 2
+  return (u16x16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+#else
+  std::memcpy(&v, p, n * 2);
   return v;
+#endif
 }
 SIMD_INLINE u32x16 load_bits(const float* p, int n) {
   u32x16 v = {};
-  if (n == kLanes)
+  if (n == kLanes) {
     std::memcpy(&v, p, 64);
-  else
-    for (int i = 0; i < n; i++) {
-      uint32_t bits;
-      std::memcpy(&bits, p + i, 4);
-      v[i] = bits;
-    }
+    return v;
+  }
+#if ISA_LEVEL >= 2
+  return (u32x16)_mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p);
+#else
+  std::memcpy(&v, p, n * 4);
   return v;
+#endif
 }
+SIMD_INLINE void store_bits(void* to, u32x16 v, int n) {
+  if (n == kLanes) {
+    std::memcpy(to, &v, 64);
+    return;
+  }
+#if ISA_LEVEL >= 2
+  _mm512_mask_storeu_epi32(to, __mmask16((1u << n) - 1), (__m512i)v);
+#else
+  std::memcpy(to, &v, n * 4);
+#endif
+}
+
+SIMD_INLINE u32x16 widen_bits(u32x16 v) { return v; }
+SIMD_INLINE u32x16 widen_bits(u16x16 v) { return __builtin_convertvector(v, u32x16) << 16; }
 
 // (even[i], odd[i]) in lane i.
 SIMD_INLINE u32x16 interleave(u16x16 even, u16x16 odd) {
   return __builtin_convertvector(even, u32x16) | __builtin_convertvector(odd, u32x16) << 16;
-}
-
-SIMD_INLINE void store_bits(void* to, u32x16 v, int64_t lanes) { std::memcpy(to, &v, std::min<int64_t>(lanes, 16) * 4); }
-
-// A [rows, depth] in lanes from its transpose [depth, rows], 16 rows by 16 lanes at a time. Three element types of lanes:
-// floats as they are, pairs of bf16, and bf16 widened to floats.
-void pack_transposed(float* to, int64_t stride, const float* from, int64_t from_stride, int64_t rows, int64_t depth) {
-  for (int64_t r = 0; r < rows; r += kLanes)
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      int height = int(std::min<int64_t>(kLanes, rows - r));
-      u32x16 block[16];
-      for (int i = 0; i < 16; i++) block[i] = load_bits(from + (k + i) * from_stride + r, k + i < depth ? height : 0);
-      transpose(block);
-      for (int i = 0; i < height; i++) store_bits(to + (r + i) * stride + k, block[i], stride - k);
-    }
-}
-[[maybe_unused]] void pack_transposed(uint32_t* to, int64_t stride, const bf16* from, int64_t from_stride,
-                                      int64_t rows, int64_t depth) {
-  for (int64_t r = 0; r < rows; r += kLanes)
-    for (int64_t k = 0; k < depth; k += 2 * kLanes) {
-      int height = int(std::min<int64_t>(kLanes, rows - r));
-      u32x16 block[16];
-      for (int i = 0; i < 16; i++) {
-        const bf16* row = from + (k + 2 * i) * from_stride + r;
-        block[i] = interleave(load_bits(row, k + 2 * i < depth ? height : 0),
-                              load_bits(row + from_stride, k + 2 * i + 1 < depth ? height : 0));
-      }
-      transpose(block);
-      for (int i = 0; i < height; i++) store_bits(to + (r + i) * stride + k / 2, block[i], stride - k / 2);
-    }
-}
-[[maybe_unused]] void pack_transposed(float* to, int64_t stride, const bf16* from, int64_t from_stride, int64_t rows,
-                                      int64_t depth) {
-  for (int64_t r = 0; r < rows; r += kLanes)
-    for (int64_t k = 0; k < stride; k += kLanes) {
-      int height = int(std::min<int64_t>(kLanes, rows - r));
-      u32x16 block[16];
-      for (int i = 0; i < 16; i++)
-        block[i] = __builtin_convertvector(
-                       load_bits(from + (k + i) * from_stride + r, k + i < depth ? height : 0), u32x16)
-                   << 16;
-      transpose(block);
-      for (int i = 0; i < height; i++) store_bits(to + (r + i) * stride + k, block[i], stride - k);
-    }
 }
 
 // B panels from B itself, [depth, columns] row-major: one panel, whose first column is `column`.

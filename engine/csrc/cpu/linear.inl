@@ -53,8 +53,9 @@ void grad_input_typed(const LinearShape& s, const T* dy, int64_t dy_stride, cons
                          ceil_div(depth, kLanes), i * kStep, s.depth);
     });
     bool last = n + depth == s.columns;
-    gemm<Kernel<T>>(Gemm<T>{dy + n, dy_stride, false, s.tokens, s.depth, depth, panels, stride, n ? sums : nullptr, s.depth,
-                            nullptr, kFloat32, last ? static_cast<void*>(dx) : sums, last ? dtype : kFloat32, s.depth});
+    void* out = last ? static_cast<void*>(dx) : sums;
+    gemm<Kernel<T>>(Gemm<T>{dy + n, dy_stride, false, s.tokens, s.depth, depth, panels, stride, n ? sums : nullptr,
+                            s.depth, nullptr, kFloat32, out, last ? dtype : kFloat32, s.depth});
   }
 }
 

@@ -39,7 +39,8 @@ void unpack(const T* storage, int64_t width, int64_t row, int64_t rows, Target* 
     for (int64_t r = begin; r < end; r++) {
       const T* from = row_start(storage, width, row + r);
       Target* to = target + r * stride;
-      for (int64_t k = 0; k < width; k++) to[k] = from_float<Target>(to_float(from[k / pair * pair * kPanel + k % pair]));
+      for (int64_t k = 0; k < width; k++)
+        to[k] = from_float<Target>(to_float(from[k / pair * pair * kPanel + k % pair]));
     }
   });
 }
@@ -65,7 +66,8 @@ void pack_rows(void* storage, DType dtype, int64_t width, int64_t row, int64_t r
 void unpack_rows(const void* storage, DType dtype, int64_t width, int64_t row, int64_t rows, void* target,
                  DType target_dtype, int64_t target_stride) {
   with_types(dtype, target_dtype, [&](auto t, auto s) {
-    unpack(static_cast<const decltype(t)*>(storage), width, row, rows, static_cast<decltype(s)*>(target), target_stride);
+    unpack(static_cast<const decltype(t)*>(storage), width, row, rows, static_cast<decltype(s)*>(target),
+           target_stride);
   });
 }
 
