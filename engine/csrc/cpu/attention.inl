@@ -199,6 +199,9 @@ static void attend_phase(const AttentionArguments& args, const Layout<T>& layout
       for (int c = needless; c < chunks; c++) {
         const int64_t at = tile + c * kChunk;
         value_chunks[c] = layout.value_pair(values, pages[at / layout.page_size], head, at % layout.page_size);
+        for (int d = 0; d < panels; d++)  // fetched while Q K^T runs
+          for (int line = 0; line < kChunk * 16; line += 64 / int(sizeof(T)))
+            __builtin_prefetch(value_chunks[c] + d * panel_size + line, 0, 3);
       }
     } else {
       panel_size = kChunk * 16;
