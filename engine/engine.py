@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from engine.errors import CapacityError, EngineError, InputError
 from engine.kernels.op import cpu_missing, extension
 from engine.log import logger
 from engine.model import Transformer
-from engine.sampler.output import Inbox
+from engine.sampler.output import Inbox, Stream
 from engine.sampler.sampler import Sampler
 from engine.state import load_state, save_state
 from engine.tokenizer import Tokenizer
 from engine.trainer import Trainer
-from engine.types import Completion, Prompt, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
+from engine.types import Completion, Prompt, Sample, SamplingParams, StepStats, TrainStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,20 +96,24 @@ class Engine:
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[StreamEvent]:
-        """The same, as tokens come. Closing the iterator aborts what still runs; `abort` ends one prompt of it.
+    ) -> Stream:
+        """The same, as tokens come: iterate over it. `stream.abort(prompt_index)` ends one prompt; closing the stream,
+        or dropping it, ends what still runs.
 
         Raises InputError, CapacityError.
         """
         request = self._submit(prompts, params, streaming=True)
-        return self._events(request)
+        return Stream(
+            self._inboxes[request],
+            step=self._step,
+            abort=lambda prompt_index: self._abort(request, prompt_index),
+            close=lambda: self._close(request),
+        )
 
-    def abort(self, prompt_index: int | None = None) -> None:
-        """Ends what is in flight (for one prompt of each request, if given): its completions come with the finish
-        reason "abort" and the tokens sampled so far."""
-        for request, inbox in self._inboxes.items():
-            for sequence in self.sampler.abort(request, prompt_index):
-                inbox.finish(sequence)
+    def abort(self) -> None:
+        """Ends everything in flight: the completions come with the finish reason "abort" and the tokens so far."""
+        for request in self._inboxes:
+            self._abort(request, None)
 
     # ---- training ----
 
@@ -202,6 +206,8 @@ class Engine:
             each = list(params)
             if len(each) != len(ids):
                 raise InputError(f"{len(each)} SamplingParams for {len(ids)} prompts; pass one, or one for each")
+        if self.tokenizer is None and any(p.stop for p in each):
+            raise InputError("SamplingParams.stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self._requests += 1
         request = self._requests
         fresh = secrets.randbits(62)
@@ -256,17 +262,11 @@ class Engine:
         for sequence in finished:
             self._inboxes[sequence.request_id].finish(sequence)
 
-    def _events(self, request: int) -> Iterator[StreamEvent]:
-        inbox = self._inboxes[request]
-        try:
-            while True:
-                yield from inbox.take()
-                if inbox.complete:
-                    return
-                self._step()
-        finally:
-            self._close(request)
+    def _abort(self, request: int, prompt_index: int | None) -> None:
+        for sequence in self.sampler.abort(request, prompt_index):
+            self._inboxes[request].finish(sequence)
 
     def _close(self, request: int) -> None:
-        if not self._inboxes.pop(request).complete:
+        inbox = self._inboxes.pop(request, None)
+        if inbox is not None and not inbox.complete:
             self.sampler.abort(request)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -15,6 +18,7 @@ class Inbox:
 
     def __init__(self, counts: list[int], tokenizer: Tokenizer | None, weight_version: int, streaming: bool) -> None:
         self.streaming = streaming
+        self.closed = False
         self._tokenizer = tokenizer
         self._weight_version = weight_version
         self._done: list[list[Completion | None]] = [[None] * n for n in counts]
@@ -94,3 +98,50 @@ class Inbox:
             self._decoders[key] = StreamDecoder(self._tokenizer)
         decoder = self._decoders[key]
         return decoder.push(ids) + (decoder.finish() if last else "")
+
+
+class Stream:
+    """The events of one request as they come. Iterating drives the sampler; closing or dropping the stream ends what
+    still runs of it."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        step: Callable[[], None],
+        abort: Callable[[int | None], None],
+        close: Callable[[], None],
+    ) -> None:
+        self._inbox = inbox
+        self._step, self._abort, self._close = step, abort, close
+        self._waiting: deque[StreamEvent] = deque()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        """Raises what a failed step raises, after closing the stream."""
+        while not self._waiting:
+            self._waiting.extend(self._inbox.take())
+            if not self._waiting:
+                if self._inbox.complete or self._inbox.closed:
+                    self.close()
+                    raise StopIteration
+                try:
+                    self._step()
+                except BaseException:
+                    self.close()
+                    raise
+        return self._waiting.popleft()
+
+    def abort(self, prompt_index: int | None = None) -> None:
+        """Ends one prompt, or all: their completions come with the finish reason "abort" and the tokens so far."""
+        self._abort(prompt_index)
+
+    def close(self) -> None:
+        """Ends what still runs; no more events come. Safe to call twice."""
+        self._inbox.closed = True
+        self._waiting.clear()
+        self._close()
+
+    def __del__(self) -> None:
+        self.close()

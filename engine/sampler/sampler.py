@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.errors import InputError, NumericsError
+from engine.errors import NumericsError
 from engine.kernels.sample_token import hash_seed
 from engine.model import Transformer
 from engine.sampler.kv_cache import KVCache
@@ -55,9 +55,7 @@ class Sampler:
         return len(self.slots.order) + len(self.scheduler.waiting)
 
     def add(self, request_id: int, prompt_index: int, prompt: list[int], params: SamplingParams, seed: int) -> None:
-        """Puts the n samples of one prompt at the end of the waiting line. Raises InputError."""
-        if params.stop and self.tokenizer is None:
-            raise InputError("SamplingParams.stop needs a tokenizer, and this engine has none; use stop_token_ids")
+        """Puts the n samples of one prompt at the end of the waiting line. Stop strings need a tokenizer."""
         tokens = np.array(prompt, dtype=np.int32)
         limit = min(len(prompt) + params.max_tokens, self.capacity + 1, self.model.config.max_position_embeddings)
         family = [
@@ -65,7 +63,7 @@ class Sampler:
             for i in range(params.n)
         ]
         if params.stop:
-            assert self.tokenizer is not None
+            assert self.tokenizer is not None, "stop strings without a tokenizer"
             for sequence in family:
                 sequence.scanner = StopScanner(self.tokenizer, params.stop)
         family[0].siblings = family[1:]

@@ -154,12 +154,34 @@ def test_abort_ends_one_prompt_and_leaves_the_other(engine):
     done = {}
     for index, event in enumerate(stream):
         if index == 4:
-            engine.abort(prompt_index=0)
+            stream.abort(prompt_index=0)
         if event.completion:
             done[event.prompt_index] = event.completion
     assert done[0].finish_reason == "abort"
     assert 0 < len(done[0].token_ids) < 30
     assert len(done[1].token_ids) == 30
+
+
+def test_abort_of_the_engine_ends_every_stream(engine):
+    stream = engine.stream(PROMPTS, SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    engine.abort()
+    assert {e.completion.finish_reason for e in stream if e.completion} == {"abort"}
+    assert engine.sampler.num_unfinished == 0
+
+
+def test_a_stream_that_nobody_reads_ends_with_its_last_reference(engine):
+    stream = engine.stream(PROMPTS, LONG)
+    assert engine.sampler.num_unfinished == 2
+    del stream
+    assert engine.sampler.num_unfinished == 0
+
+
+def test_stop_strings_without_a_tokenizer_are_refused_before_anything_waits():
+    engine = with_eos(2)
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        engine.generate(PROMPTS, [LONG, SamplingParams(stop=("x",))])
+    assert engine.sampler.num_unfinished == 0
 
 
 def test_two_streams_at_once_give_what_each_gives_alone(engine):
