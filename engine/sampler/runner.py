@@ -102,7 +102,7 @@ class Runner:
             for index in np.flatnonzero(slots.watched[chosen]).tolist():
                 slot = int(chosen[index])
                 if k := slots.sequence[slot].params.logprobs:  # type: ignore[union-attr]
-                    heat = torch.tensor([inverse_temperature(float(slots.temperature[slot]) or 1.0)])
+                    heat = torch.tensor([inverse_temperature(float(slots.temperature[slot]))])
                     ids, values = top_logprobs(logits[index : index + 1], k, heat)
                     alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
         return tokens, logprobs, kept_mass, alternatives
