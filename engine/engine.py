@@ -246,11 +246,11 @@ class Engine:
         sampler = self.sampler
         try:
             result = sampler.step()
-        except Exception:
-            sampler.clear()  # a failed step leaves no half-sampled sequence behind
+        except BaseException:  # an interrupt too: it may come when siblings have forked but have no token yet
+            sampler.clear()
             raise
         if result is None:
-            raise EngineError("the sampler has nothing to run but a request is not complete; it was cleared")
+            raise EngineError("this request was dropped when a step of another failed; submit it again")
         alive, finished = result
         for slot in alive:
             sequence = sampler.slots.sequence[slot]

@@ -254,3 +254,23 @@ def test_logits_that_are_not_finite_raise_and_leave_no_sequence():
     assert engine.sampler.num_unfinished == 0
     engine.model.norm.data[3] = 1.0
     assert len(engine.generate([[1, 2, 3]], LONG)[0][0].token_ids) == 12
+
+
+def test_an_interrupt_in_a_step_frees_everything_and_the_engine_stays_usable(monkeypatch):
+    engine = with_eos(2)
+    params = SamplingParams(n=3, max_tokens=12, seed=1, ignore_eos=True)
+    before = [c.token_ids for c in engine.generate([PROMPTS[1]], params)[0]]
+    other = engine.stream([PROMPTS[0]], params)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.sampler.runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([PROMPTS[1]], params)
+    assert engine.sampler.num_unfinished == 0
+    assert engine.sampler.cache.num_free == engine.sampler.cache.num_pages
+    with pytest.raises(EngineError, match="submit it again"):
+        next(other)
+    assert [c.token_ids for c in engine.generate([PROMPTS[1]], params)[0]] == before

@@ -22,7 +22,7 @@ inline void pause() {
 }
 
 // Waiting threads spin this long before they sleep: a decode step is hundreds of short parallel regions, and a wake-up
-// through the kernel costs about 50 us where a spin costs under 1.
+// through the kernel costs far more than a spin.
 constexpr auto kSpin = std::chrono::microseconds(150);
 
 thread_local bool inside = false;
