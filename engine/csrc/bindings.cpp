@@ -48,6 +48,15 @@ PYBIND11_MODULE(_C, m) {
       .def("begin", &Graph::begin)
       .def("end", &Graph::end)
       .def("replay", &Graph::replay, NoGil())
+      // Borrows the function, which the Python side keeps: a reference held here would be one that the garbage
+      // collector cannot see, and a function that knows its graph's owner would keep the owner for ever.
+      .def("host_call", [](Graph& graph, py::handle function) {
+        if (Graph::recording() != &graph) throw std::logic_error("this graph is not recording");
+        graph.add([borrowed = function.ptr()](int64_t rows) {
+          py::gil_scoped_acquire gil;
+          py::reinterpret_borrow<py::object>(borrowed)(rows);
+        });
+      })
       .def("__len__", &Graph::size);
 
   // ---- linear ----
@@ -135,15 +144,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu_backward", [](int dtype, Address dy, Address gate_up, Address d_gate_up, int64_t rows, int64_t width) {
     swiglu_backward(dtype, at(dy), at(gate_up), at(d_gate_up), rows, width);
   }, NoGil());
+  m.attr("WHOLE_TABLE") = kWholeTable;
   m.def("embedding", [](int dtype, Address tokens, Address weight, bool packed, Address out, int64_t rows,
-                        int64_t vocab, int64_t width) {
+                        int64_t vocab, int64_t width, int64_t first_row) {
     launch(rows, [=](int64_t n) {
-      embedding(dtype, at<int32_t>(tokens), at(weight), packed, at(out), n, vocab, width);
+      embedding(dtype, at<int32_t>(tokens), at(weight), packed, at(out), n, vocab, width, first_row);
     });
   }, NoGil());
   m.def("embedding_backward", [](int dtype, Address tokens, Address dy, Address weight_grad, int64_t rows,
-                                 int64_t width) {
-    embedding_backward(dtype, at<int32_t>(tokens), at(dy), at<float>(weight_grad), rows, width);
+                                 int64_t vocab, int64_t width, int64_t first_row) {
+    embedding_backward(dtype, at<int32_t>(tokens), at(dy), at<float>(weight_grad), rows, vocab, width, first_row);
   }, NoGil());
 
   // ---- token_logprob, sample_token ----
