@@ -171,6 +171,16 @@ PYBIND11_MODULE(_C, m) {
                             at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
                             at(d_logits), rows, vocab);
   }, NoGil());
+  m.def("shard_statistics", [](Address logits, Address targets, Address inv_temperature, Address statistics,
+                               int64_t rows, int64_t vocab, int64_t count) {
+    shard_statistics(at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature), at<double>(statistics), rows,
+                     vocab, count);
+  }, NoGil());
+  m.def("fold_statistics", [](Address statistics, Address logprobs, Address entropy, Address stats, int64_t shards,
+                              int64_t rows, int64_t count) {
+    fold_statistics(at<double>(statistics), at<float>(logprobs), at<float>(entropy), at<float>(stats), shards, rows,
+                    count);
+  }, NoGil());
   m.def("hash_seed", [](int64_t seed, int64_t counter) {
     return int64_t(hash_seed(uint64_t(seed), uint64_t(counter)));
   });

@@ -99,10 +99,19 @@ void embedding_backward(int dtype, const int32_t* tokens, const void* dy, float*
 // (what the backward reads) may be null. Throws std::out_of_range for a target outside [0, vocab).
 void logits_logprob(const float* logits, const int32_t* targets, const float* inv_temperature, float* logprobs,
                     float* entropy, float* stats, int64_t rows, int64_t vocab, int64_t count);
-// One target per row; d_logits [rows, vocab] of `dtype` may be the logits themselves when that is float32.
+// One target per row, -1 for one in another shard of the vocabulary; d_logits [rows, vocab] of `dtype` may be the logits themselves when that is float32.
 void logits_logprob_backward(int dtype, const float* logits, const int32_t* targets, const float* inv_temperature,
                              const float* stats, const float* entropy, const float* d_logprob, const float* d_entropy,
                              void* d_logits, int64_t rows, int64_t vocab);
+
+// What a shard of the vocabulary knows of each row: (max, sum of exp(z - max), sum of exp(z - max) * (z - max), and z of
+// each of its `count` targets or -inf), z = logit * inv_temperature; a target of -1 is in another shard. A shard without
+// mass has sums of 0. Throws std::out_of_range for a target outside [-1, vocab).
+void shard_statistics(const float* logits, const int32_t* targets, const float* inv_temperature, double* statistics,
+                      int64_t rows, int64_t vocab, int64_t count);
+// Statistics [shards, rows, 3 + count], folded in the order of the shards, to what logits_logprob gives.
+void fold_statistics(const double* statistics, float* logprobs, float* entropy, float* stats, int64_t shards,
+                     int64_t rows, int64_t count);
 
 // A row whose softmax is not a number gets token -1 and NaN. A temperature of 0 takes the likeliest token.
 void sample_token(const float* logits, const float* temperature, const int32_t* top_k, const float* top_p,
