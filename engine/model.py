@@ -97,8 +97,9 @@ class Transformer:
         group, rows = self.mesh.tp, batch.scattered_rows
         if here.first:
             stream = vocabulary_embedding(batch.tokens, self.embed, self.vocabulary.first, group, rows)  # [T] -> [T, D]
-        x, delta = stream, None
-        for layer in here.layers:
+        assert stream is not None, "a chunk after the first takes the stream of the one before it"
+        x, delta = self._run(here.layers[0], stream, None, batch)
+        for layer in here.layers[1:]:
             x, delta = self._run(layer, x, delta, batch)
         if not here.last:
             return x + delta  # the bits that the fused addition of the next layer would have made
