@@ -176,6 +176,6 @@ class Transformer:
             yield from layer_parts(layer, self.config, first)
         if self.has_last:
             yield replicated(self.norm, first)
-            if self.head is not self.embed:
+            if not (self.has_first and self.head is self.embed):
                 tied = self.config.tie_word_embeddings  # then it is a copy of what the first stage owns
                 yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)
