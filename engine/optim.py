@@ -44,6 +44,12 @@ def learning_rate(
     return base * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def check_rate(rate: float) -> None:
+    """Raises InputError for a learning rate that no step can be taken with."""
+    if not (math.isfinite(rate) and rate >= 0.0):
+        raise InputError(f"the learning rate is {rate}; it must be finite and 0 or more")
+
+
 @dataclass
 class Moments:
     """What AdamW keeps of one weight: fp32, dense, in the weight's own shape."""
@@ -88,8 +94,7 @@ class AdamW:
         norm has the same bits in every run. Raises InputError for a rate that is negative or not finite, and
         NumericsError when the norm is not finite: the step is then not taken and the gradients are dropped.
         """
-        if not (math.isfinite(rate) and rate >= 0.0):
-            raise InputError(f"the learning rate is {rate}; it must be finite and 0 or more")
+        check_rate(rate)
         norms = [squared_norm(weight.grad_buffer()) for weight in self.weights]
         norm = math.sqrt(sum(norms)) if math.isfinite(sum(norms)) else math.nan
         if math.isnan(norm):
