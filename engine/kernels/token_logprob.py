@@ -110,7 +110,7 @@ class _TokenLogprob(torch.autograd.Function):
         d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
         d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
         d_hidden = empty(tuple(hidden.shape), hidden.dtype)
-        for part in _chunks(hidden.shape[0], ctx.chunk):
+        for part in row_chunks(hidden.shape[0], ctx.chunk):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = linear(x, ctx.head, out_dtype=wide_dtype(x.dtype))  # [c, V]
             d_logits = ctx.backend.functions["backward"](
@@ -121,7 +121,8 @@ class _TokenLogprob(torch.autograd.Function):
         return d_hidden, None, None, None, None
 
 
-def _chunks(rows: int, chunk: int) -> list[slice]:
+def row_chunks(rows: int, chunk: int) -> list[slice]:
+    """Rows [0, rows) in pieces of `chunk`."""
     return [slice(begin, min(rows, begin + chunk)) for begin in range(0, rows, chunk)]
 
 
@@ -131,7 +132,7 @@ def _forward(
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]."""
     rows, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
     logprobs, entropy, stats = (torch.empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (rows, 2)))
-    for part in _chunks(rows, chunk):
+    for part in row_chunks(rows, chunk):
         logits = linear(hidden[part].detach(), head, out_dtype=dtype)  # [c, D] -> [c, V]
         inverse = None if inv_temperature is None else inv_temperature[part]
         forward = TOKEN_LOGPROB["forward", dtype]
