@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.config import DTYPES
+
 KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/common.h numbers them
-MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+MODEL_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
