@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.config import OptimizerConfig
 from engine.errors import ConfigError, InputError, NumericsError, nearest
 from engine.kernels.adamw import adamw_, squared_norm
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.weight import Weight
 
@@ -44,15 +44,9 @@ def learning_rate(
     return base * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def check_rate(rate: float) -> None:
-    """Raises InputError for a learning rate that no step can be taken with."""
-    if not (math.isfinite(rate) and rate >= 0.0):
-        raise InputError(f"the learning rate is {rate}; it must be finite and 0 or more")
-
-
 @dataclass
 class Moments:
-    """What AdamW keeps of one weight: fp32, dense, in the weight's own shape."""
+    """What AdamW keeps of one weight: fp32 (float64 for float64), dense, in the weight's own shape."""
 
     master: Tensor
     exp_avg: Tensor
@@ -79,8 +73,9 @@ class AdamW:
             return
         fresh = {}
         for weight in self.weights:
-            master = weight.dense(dtype=torch.float32)
-            fresh[weight.name] = Moments(master, zeros(weight.shape, torch.float32), zeros(weight.shape, torch.float32))
+            dtype = wide_dtype(weight.dtype)
+            master = weight.dense(dtype=dtype)
+            fresh[weight.name] = Moments(master, zeros(weight.shape, dtype), zeros(weight.shape, dtype))
         self.state = fresh
 
     def zero_grad(self) -> None:
@@ -94,7 +89,8 @@ class AdamW:
         norm has the same bits in every run. Raises InputError for a rate that is negative or not finite, and
         NumericsError when the norm is not finite: the step is then not taken and the gradients are dropped.
         """
-        check_rate(rate)
+        if not (math.isfinite(rate) and rate >= 0.0):
+            raise InputError(f"the learning rate is {rate}; it must be finite and 0 or more")
         norms = [squared_norm(weight.grad_buffer()) for weight in self.weights]
         norm = math.sqrt(sum(norms)) if math.isfinite(sum(norms)) else math.nan
         if math.isnan(norm):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappush, heapreplace
 
 from engine.errors import InputError
 
@@ -27,14 +26,12 @@ class Packing:
         return self.num_tokens / self.room if self.room else 1.0
 
 
-def pack(lengths: Sequence[int], capacity: int, least: int = 1) -> Packing:
+def pack(lengths: Sequence[int], capacity: int) -> Packing:
     """First-fit-decreasing: longest sample first, each into the first bin with room for it.
 
     A sample longer than `capacity` gets a bin of its own; for the others, many samples need at most 11/9 of the fewest
-    bins there could be. Where that makes fewer than `least` bins (a pipeline wants several), samples are dealt to
-    `least` bins, or one each if there are fewer, longest first to the emptiest: the bins are then of similar size. The
-    result is a function of the arguments alone. Takes O(n log n): a tree over the bins holds the most room left below
-    each node, so the first fit is one descent.
+    bins there could be. The result is a function of the arguments alone. Takes O(n log n): a tree over the bins holds
+    the most room left below each node, so the first fit is one descent.
 
     Raises InputError for a length or capacity below 1.
     """
@@ -49,29 +46,11 @@ def pack(lengths: Sequence[int], capacity: int, least: int = 1) -> Packing:
     bins = [[index] for length in descending if length > capacity for index in by_length[length]]
     fitting = [length for length in descending if length <= capacity]
     bins += _first_fit([(length, by_length[length]) for length in fitting], capacity)
-    if len(bins) < min(least, len(lengths)):
-        bins = _evenly(lengths, capacity, min(least, len(lengths)))
     for members in bins:
         members.sort()
     bins.sort()
     room = sum(max(capacity, lengths[members[0]]) for members in bins)
     return Packing(bins, sum(lengths), capacity, room)
-
-
-def _evenly(lengths: Sequence[int], capacity: int, count: int) -> list[list[int]]:
-    """`count` bins of similar size, and more only where one would hold more than `capacity` of several samples."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    fullness = [(0, index) for index in range(count)]  # a heap: the emptiest bin is the first
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        full, number = fullness[0]
-        if full and full + lengths[index] > capacity:
-            full, number = 0, len(bins)
-            bins.append([])
-            heappush(fullness, (lengths[index], number))
-        else:
-            heapreplace(fullness, (full + lengths[index], number))
-        bins[number].append(index)
-    return bins
 
 
 def _first_fit(runs: list[tuple[int, list[int]]], capacity: int) -> list[list[int]]:

@@ -1,17 +1,15 @@
 """Gradient steps on the weights that the sampler reads: samples to micro-batches to one forward and one backward each.
 
-Every rank of a pipeline knows all samples. The last stage sees the losses, and tells the others what came of them.
-
 # T tokens of a micro-batch, N loss tokens of it, L tokens of a sample
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +17,14 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import EngineConfig
 from engine.errors import EngineError, InputError, NumericsError
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
 from engine.kernels.token_logprob import inverse_temperature
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
-from engine.optim import AdamW, check_rate
-from engine.packing import Packing, pack
-from engine.parallel.collectives import broadcast_object
-from engine.parallel.pipeline import run_pipeline, sum_over_ends_
-from engine.parallel.schedule import forwards_only, schedule
+from engine.optim import AdamW
+from engine.packing import pack
 from engine.types import Sample, StepStats, TrainStats
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -56,9 +50,9 @@ class _Target:
     inputs: list[int]  # the tokens up to the last row that predicts a loss token; later ones cannot matter to the loss
     positions: Tensor  # [N] int64: index of each loss token; row positions - 1 predicts it
     tokens: Tensor  # [N] int32
-    advantages: Tensor  # [N] float32
-    old_logprobs: Tensor  # [N] float32, NaN where not given
-    ref_logprobs: Tensor  # [N] float32, NaN where not given
+    advantages: Tensor  # [N] float32, or float64 with such a model
+    old_logprobs: Tensor  # [N] likewise, NaN where not given
+    ref_logprobs: Tensor  # [N] likewise, NaN where not given
     inv_temperature: float
 
 
@@ -68,11 +62,9 @@ class _Totals:
 
     num_loss_tokens: int
     num_loss_samples: int
-    metrics: LossMetrics = field(default_factory=LossMetrics)
-    losses: list[float] = field(default_factory=list)
-    logprobs: dict[int, list[Tensor]] = field(default_factory=dict)  # by micro-batch, a tensor for each of its samples
+    metrics: LossMetrics
+    losses: list[float]
     max_difference: float | None = None
-    failure: Exception | None = None  # the first; after it nothing is added
 
 
 class Trainer:
@@ -83,8 +75,8 @@ class Trainer:
 
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
-        self.mesh = model.mesh
         self.config = config
+        self.dtype = wide_dtype(model.dtype)  # of log-probabilities, losses and what they are computed from
         self.optimizer = AdamW(model.weights(), config.optimizer)
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
@@ -101,8 +93,7 @@ class Trainer:
 
         Raises InputError, ConfigError: nothing has run, what was accumulated stays. Raises NumericsError for a loss
         that is not finite; then, and after an interrupt or an error in a loss of one's own, gradients accumulated so
-        far are dropped. In a pipeline only the last stage computes losses: what they raise is raised there, and on the
-        other stages too, as it is or as an EngineError that describes it.
+        far are dropped.
         """
         ready = Loss(loss)
         if not samples:
@@ -113,19 +104,18 @@ class Trainer:
             raise InputError(
                 f"none of the {len(samples)} samples has a token with loss_mask 1; there is nothing to train"
             )
-        totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen))
-        packing = self._pack([len(targets[i].inputs) for i in chosen])
+        totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
+        packing = pack([len(targets[i].inputs) for i in chosen], self.config.train_batch_tokens)
+        logprobs = [torch.full((len(sample.tokens) - 1,), math.nan, dtype=self.dtype) for sample in samples]
         try:
-            totals = self._accumulate(
-                [[targets[chosen[i]] for i in members] for members in packing.bins], ready, totals
-            )
+            for members in packing.bins:
+                batch = [chosen[i] for i in members]
+                values = self._micro_batch([targets[i] for i in batch], ready, totals)
+                for index, value in zip(batch, values, strict=True):
+                    logprobs[index][targets[index].positions - 1] = value
         except BaseException:
             self.zero_grad()
             raise
-        logprobs = [torch.full((len(sample.tokens) - 1,), math.nan) for sample in samples]
-        for number, members in enumerate(packing.bins):
-            for i, values in zip(members, totals.logprobs[number], strict=True):
-                logprobs[chosen[i]][targets[chosen[i]].positions - 1] = values
         self.num_accumulated += 1
         metrics = totals.metrics.result()
         metrics |= {"micro_batches": float(len(packing.bins)), "packing_fill": packing.fill}
@@ -152,8 +142,6 @@ class Trainer:
             raise EngineError("the last optimizer step was interrupted half-way; load a saved state")
         if not self.num_accumulated:
             raise InputError("there is no gradient to step with; call forward_backward first")
-        check_rate(learning_rate)
-        self._sum_tied_gradients()
         try:
             norm = self.optimizer.step(learning_rate)
         except NumericsError:
@@ -162,14 +150,6 @@ class Trainer:
         self.num_accumulated = 0
         self.weight_version += 1
         return StepStats(norm, learning_rate, self.weight_version)
-
-    def _sum_tied_gradients(self) -> None:
-        """The embedding on the first stage and its copy, the head on the last, go on as one weight."""
-        if self.mesh.pp.size > 1 and self.model.config.tie_word_embeddings:
-            if self.model.has_first:
-                sum_over_ends_(self.model.embed.grad_buffer(), self.mesh.pp)
-            if self.model.has_last:
-                sum_over_ends_(self.model.head.grad_buffer(), self.mesh.pp)
 
     def zero_grad(self) -> None:
         """Drops what has been accumulated."""
@@ -186,101 +166,56 @@ class Trainer:
         inverse = _inverse(temperature, "score")
         for index, tokens in enumerate(sequences):
             self._token_ids(f"sequence {index}", tokens)
-        scored = [torch.empty(0)] * len(sequences)
+        scored = [torch.empty(0, dtype=self.dtype)] * len(sequences)
         chosen = [index for index, tokens in enumerate(sequences) if len(tokens) > 1]
-        packing = self._pack([len(sequences[i]) - 1 for i in chosen])
-        members = [[sequences[chosen[i]] for i in indices] for indices in packing.bins]
-        pieces: dict[int, tuple[Tensor, ...]] = {}
-
-        def finish(number: int, hidden: Tensor) -> Tensor:
-            targets = torch.tensor([token for tokens in members[number] for token in tokens[1:]], dtype=torch.int32)
+        packing = pack([len(sequences[i]) - 1 for i in chosen], self.config.train_batch_tokens)
+        for members in packing.bins:
+            batch = [sequences[chosen[i]] for i in members]
+            hidden = self.model.forward(self._packed([tokens[:-1] for tokens in batch]))  # [T, D]
+            targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
             logprobs, _ = self.model.token_logprob(hidden, targets, _temperatures([inverse], [len(targets)]))
-            pieces[number] = logprobs.split([len(tokens) - 1 for tokens in members[number]])
-            return logprobs
-
-        self._run([self._packed([tokens[:-1] for tokens in batch]) for batch in members], finish, learns=False)
-        for number, values in self._from_last_stage(pieces).items():
-            for i, value in zip(packing.bins[number], values, strict=True):
-                scored[chosen[i]] = value.clone()
+            pieces = logprobs.split([len(tokens) - 1 for tokens in batch])
+            for i, piece in zip(members, pieces, strict=True):
+                scored[chosen[i]] = piece.clone()
         return scored
 
-    @torch.inference_mode(False)
-    def _accumulate(self, micro_batches: list[list[_Target]], loss: Loss, totals: _Totals) -> _Totals:
-        """Forward and backward of micro-batches of samples; what came of them, on every rank."""
-
-        def finish(number: int, hidden: Tensor) -> Tensor:
-            if totals.failure is None:
-                try:
-                    return self._loss(number, hidden, micro_batches[number], loss, totals)
-                except Exception as error:
-                    totals.failure = error
-                    if self.mesh.pp.size == 1:
-                        raise
-            return hidden.sum() * 0.0  # the other stages wait for a gradient; they hear of the failure at the end
-
-        batches = [self._packed([target.inputs for target in targets]) for targets in micro_batches]
-        self._run(batches, finish, learns=True)
-        failure, totals.failure = totals.failure, _described(totals.failure)
-        totals = self._from_last_stage(totals)
-        if totals.failure is not None:
-            raise failure or totals.failure
-        return totals
-
-    def _loss(self, number: int, hidden: Tensor, targets: list[_Target], loss: Loss, totals: _Totals) -> Tensor:
-        """The loss of samples that share a micro-batch, from its hidden states [T, D]; adds to `totals`."""
+    def _micro_batch(self, targets: list[_Target], loss: Loss, totals: _Totals) -> list[Tensor]:
+        """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
         counts = [len(target.positions) for target in targets]
-        starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
-        rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
-        inverse = _temperatures([target.inv_temperature for target in targets], counts)
-        tokens = torch.cat([target.tokens for target in targets])
-        logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
-        batch = LossBatch(
-            logprobs=logprobs,
-            entropy=entropy,
-            advantages=torch.cat([target.advantages for target in targets]),
-            old_logprobs=torch.cat([target.old_logprobs for target in targets]),
-            ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
-            positions=torch.cat([target.positions for target in targets]),
-            sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
-            cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
-            samples=[target.sample for target in targets],
-            num_loss_tokens=totals.num_loss_tokens,
-            num_loss_samples=totals.num_loss_samples,
-        )
-        losses, cut = loss.per_token(batch)  # [N]
-        weights = loss.token_weights(batch)  # [N]
-        if not losses.isfinite().all():
-            raise NumericsError(_describe_not_finite(batch, losses))
+        with torch.inference_mode(False), torch.enable_grad():
+            hidden = self.model.forward(self._packed([target.inputs for target in targets]))  # [T, D]
+            starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
+            rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
+            if len(rows) < hidden.shape[0]:
+                hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
+            inverse = _temperatures([target.inv_temperature for target in targets], counts)
+            tokens = torch.cat([target.tokens for target in targets])
+            logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
+            batch = LossBatch(
+                logprobs=logprobs,
+                entropy=entropy,
+                advantages=torch.cat([target.advantages for target in targets]),
+                old_logprobs=torch.cat([target.old_logprobs for target in targets]),
+                ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
+                positions=torch.cat([target.positions for target in targets]),
+                sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
+                cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
+                samples=[target.sample for target in targets],
+                num_loss_tokens=totals.num_loss_tokens,
+                num_loss_samples=totals.num_loss_samples,
+            )
+            losses, cut = loss.per_token(batch)  # [N]
+            weights = loss.token_weights(batch)  # [N]
+            if not losses.isfinite().all():
+                raise NumericsError(_describe_not_finite(batch, losses))
+            (losses * weights.to(losses.dtype)).sum().backward()
         totals.losses += (losses.detach().double() * weights).tolist()
-        totals.logprobs[number] = list(logprobs.detach().split(counts))
         totals.metrics.add(batch, cut)
         difference = (logprobs.detach() - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
         if len(difference):
             totals.max_difference = max(totals.max_difference or 0.0, float(difference.max()))
-        return (losses * weights.to(losses.dtype)).sum()
-
-    def _run(self, batches: list[TokenBatch], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
-        """Micro-batches through the stages of the pipeline, and back where there is something to learn;
-        `finish(number, hidden)` makes a loss of the last stage's hidden states."""
-        stages, chunks = self.mesh.pp.size, len(self.model.chunks)
-        name = self.config.parallel.schedule if stages * chunks > 1 else "1f1b"  # alone, they differ in memory only
-        plan = schedule(name, stages, len(batches), chunks)
-
-        def forward(number: int, chunk: int, stream: Tensor | None) -> Tensor:
-            out = self.model.forward(batches[number], stream, chunk)
-            return finish(number, out) if self.model.chunks[chunk].last else out
-
-        shapes = [self.model.stream_shape(batch) for batch in batches]
-        run_pipeline(plan if learns else forwards_only(plan), self.mesh.pp, forward, shapes, self.model.dtype)
-
-    def _from_last_stage(self, value: T) -> T:
-        return broadcast_object(value, self.mesh.pp, self.mesh.pp.size - 1)
-
-    def _pack(self, lengths: list[int]) -> Packing:
-        return pack(lengths, self.config.train_batch_tokens, self.config.parallel.least_micro_batches)
+        return list(logprobs.detach().split(counts))
 
     def _packed(self, sequences: list[list[int]]) -> TokenBatch:
         return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
@@ -296,12 +231,13 @@ class Trainer:
             raise InputError(f"{where}: loss_mask[0] is 1, but nothing predicts the first token; it must be 0")
         positions = mask.nonzero().flatten()
         if isinstance(sample.advantages, int | float):
-            advantages = torch.full((len(positions),), float(sample.advantages))
+            advantages = torch.full((len(positions),), float(sample.advantages), dtype=self.dtype)
         else:
-            advantages = _vector(where, "advantages", sample.advantages, length).float()[positions]
+            advantages = _vector(where, "advantages", sample.advantages, length, self.dtype)[positions]
         _finite(where, "advantages", advantages, positions)
-        old = _logprobs(where, "old_logprobs", sample.old_logprobs, positions, length, loss, loss.needs_old_logprobs)
-        ref = _logprobs(where, "ref_logprobs", sample.ref_logprobs, positions, length, loss, loss.needs_ref_logprobs)
+        rest = (positions, length, self.dtype, loss)
+        old = _logprobs(where, "old_logprobs", sample.old_logprobs, *rest, needed=loss.needs_old_logprobs)
+        ref = _logprobs(where, "ref_logprobs", sample.ref_logprobs, *rest, needed=loss.needs_ref_logprobs)
         return _Target(
             sample=sample,
             inputs=sample.tokens[: int(positions[-1])] if len(positions) else [],
@@ -330,9 +266,9 @@ class Trainer:
         return ids
 
 
-def _vector(where: str, name: str, values: Any, length: int) -> Tensor:
+def _vector(where: str, name: str, values: Any, length: int, dtype: torch.dtype | None = None) -> Tensor:
     try:
-        vector = torch.as_tensor(values)
+        vector = torch.as_tensor(values, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{where}: {name} is not a list of numbers ({error})") from None
     if tuple(vector.shape) != (length,):
@@ -346,14 +282,16 @@ def _finite(where: str, name: str, values: Tensor, positions: Tensor) -> None:
         raise InputError(f"{where}: {name}[{int(positions[at])}] is {float(values[at])}; it must be finite")
 
 
-def _logprobs(where: str, name: str, values: Any, positions: Tensor, length: int, loss: Loss, needed: bool) -> Tensor:
-    """The log-probabilities of the loss tokens, [N] float32; NaN where the sample has none and the loss needs none."""
+def _logprobs(
+    where: str, name: str, values: Any, positions: Tensor, length: int, dtype: torch.dtype, loss: Loss, *, needed: bool
+) -> Tensor:
+    """Log-probabilities of the loss tokens, [N] of `dtype`; NaN where the sample has none and the loss needs none."""
     if values is None:
         if needed and len(positions):
             remedy = "pass Completion.logprobs" if name == "old_logprobs" else "score the tokens with the reference"
             raise InputError(f'{where} has no {name}, which the loss "{loss.name}" needs; {remedy}')
-        return torch.full((len(positions),), math.nan)
-    vector = _vector(where, name, values, length).float()[positions]
+        return torch.full((len(positions),), math.nan, dtype=dtype)
+    vector = _vector(where, name, values, length, dtype)[positions]
     _finite(where, name, vector, positions)
     if len(vector) and vector.max() > 1e-3:  # a softmax may round to just above 0; a placeholder is far above
         at = int(vector.argmax())
@@ -374,13 +312,6 @@ def _temperatures(inverses: list[float], counts: list[int]) -> Tensor | None:
     if all(inverse == 1.0 for inverse in inverses):
         return None
     return torch.repeat_interleave(torch.tensor(inverses, dtype=torch.float32), torch.tensor(counts))
-
-
-def _described(failure: Exception | None) -> Exception | None:
-    """A failure as it travels to other ranks: an exception of somebody else's may not be one that can."""
-    if failure is None or isinstance(failure, EngineError):
-        return failure
-    return EngineError(f"the loss raised {type(failure).__name__} on the last pipeline stage: {failure}")
 
 
 def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:
