@@ -1,10 +1,12 @@
-"""Gradient steps on the weights that the sampler reads: samples to micro-batches to one forward and one backward each.
+"""Gradient steps on the weights that the sampler reads: samples to lanes, lanes to micro-batches, and one forward and
+one backward for each of these.
 
 # T tokens of a micro-batch, N loss tokens of it, L tokens of a sample
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +18,17 @@ from torch import Tensor
 
 from engine.batch import TokenBatch
 from engine.config import EngineConfig
-from engine.errors import EngineError, InputError, NumericsError
+from engine.errors import EngineError, InputError, NumericsError, ParallelError
 from engine.kernels.op import cpu_missing
 from engine.kernels.token_logprob import inverse_temperature
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
-from engine.packing import pack
+from engine.packing import Packing, pack_at_least
+from engine.parallel.collectives import all_gather_object, start_all_gather_pieces
+from engine.parallel.data import GradientReducer, in_place
+from engine.parallel.lanes import deal, rounds, sequence_cost
+from engine.parallel.ownership import Shares, row_blocks
 from engine.types import Sample, StepStats, TrainStats
 
 
@@ -57,7 +63,8 @@ class _Target:
 
 @dataclass
 class _Totals:
-    """What one `forward_backward` gathers over its micro-batches."""
+    """What one `forward_backward` gathers over its micro-batches. The two counts are of the whole call, the rest is of
+    what ran here until `merge` brings the other replicas'."""
 
     num_loss_tokens: int
     num_loss_samples: int
@@ -65,33 +72,83 @@ class _Totals:
     losses: list[float]
     max_difference: float | None = None
 
+    def saw(self, difference: float | None) -> None:
+        """Of differences to old log-probabilities, the largest counts."""
+        if difference is not None:
+            self.max_difference = max(self.max_difference or 0.0, difference)
+
+    def merge(self, other: _Totals) -> None:
+        self.metrics.merge(other.metrics)
+        self.losses += other.losses
+        self.saw(other.max_difference)
+
+
+@dataclass
+class _Lane:
+    """Samples whose gradients are summed by themselves before they join the others."""
+
+    members: list[int]  # sample indices
+    packing: Packing  # its bins hold indices into `members`
+
+    def micro_batches(self, targets: list[_Target]) -> list[list[_Target]]:
+        return [[targets[self.members[i]] for i in members] for members in self.packing.bins]
+
 
 class Trainer:
     """Accumulates gradients over any number of `forward_backward`, then steps them with `optim_step`.
 
-    The model's weights are the sampler's own: the step writes them in place and raises `weight_version`.
+    The model's weights are the sampler's own: the step writes them in place and raises `weight_version`. Samples are
+    dealt to `gradient_lanes` lanes, and these to the data-parallel replicas; every rank makes the same calls and gets
+    the whole result.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self.optimizer = AdamW(model.weights(), config.optimizer)
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
         model.checkpointing = config.activation_checkpointing
+        self._lanes = config.parallel.gradient_lanes or model.mesh.dp.size
+        self.reducer = self._reducer()
+        self.optimizer = AdamW(self.reducer.shares, config.optimizer)
+
+    @property
+    def gradient_lanes(self) -> int:
+        """In how many lanes a gradient is summed. Lanes, not ranks, decide its bits, so a run that goes on with another
+        number of replicas keeps them. Setting it raises EngineError while a gradient has been accumulated."""
+        return self._lanes
+
+    @gradient_lanes.setter
+    def gradient_lanes(self, lanes: int) -> None:
+        if lanes < 1:
+            raise InputError(f"gradient_lanes is {lanes}; it must be at least 1")
+        if self.num_accumulated:
+            raise EngineError("gradient_lanes cannot change between forward_backward and optim_step; step first")
+        self._lanes = lanes
+        self.reducer = self._reducer()
+        self.optimizer.shares = self.reducer.shares
+
+    def _reducer(self) -> GradientReducer:
+        model, mesh, lanes = self.model, self.model.mesh, self._lanes
+        blocks, groups, tied = row_blocks(model.parts()), model.gradient_buckets(), model.tied_weight
+        shares = Shares(blocks, groups, mesh.data, mesh.world, in_place(mesh, lanes), dealt_first=tied)
+        reducer = GradientReducer(shares, mesh, lanes, model.partial_gradients(), tied)
+        model.backward_passed = None if reducer.in_place else reducer.backward_passed
+        return reducer
 
     @_torch_on_one_thread()
     def forward_backward(self, samples: Sequence[Sample], loss: str | LossConfig | LossFunction) -> TrainStats:
         """Adds the gradient of the loss over all samples to what has been accumulated.
 
         The loss of every token is scaled by counts over all samples of the call, so the gradient does not depend on
-        how they were packed into micro-batches. Token i of a sample is predicted by row i - 1. `TrainStats.logprobs`
+        how they were dealt to lanes and packed into micro-batches, but for rounding, which depends on these alone and
+        not on the number of ranks. Token i of a sample is predicted by row i - 1. `TrainStats.logprobs`
         holds, per sample, [L - 1] float32 on the CPU: entry i - 1 is log p(token i) at the sample's temperature where
         loss_mask[i] is 1, and NaN where it is 0. Samples without a loss token do not run.
 
         Raises InputError, ConfigError: nothing has run, what was accumulated stays. Raises NumericsError for a loss
         that is not finite; then, and after an interrupt or an error in a loss of one's own, gradients accumulated so
-        far are dropped.
+        far are dropped. What one replica raises, all raise; ParallelError for what is no EngineError.
         """
         ready = Loss(loss)
         if not samples:
@@ -103,26 +160,26 @@ class Trainer:
                 f"none of the {len(samples)} samples has a token with loss_mask 1; there is nothing to train"
             )
         totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
-        packing = pack([len(targets[i].inputs) for i in chosen], self.config.train_batch_tokens)
+        lanes = self._deal(targets, chosen)
         logprobs = [torch.full((len(sample.tokens) - 1,), math.nan) for sample in samples]
         try:
-            for members in packing.bins:
-                batch = [chosen[i] for i in members]
-                values = self._micro_batch([targets[i] for i in batch], ready, totals)
-                for index, value in zip(batch, values, strict=True):
-                    logprobs[index][targets[index].positions - 1] = value
+            for index, value in self._run_lanes(lanes, targets, ready, totals):
+                logprobs[index][targets[index].positions - 1] = value
         except BaseException:
             self.zero_grad()
             raise
         self.num_accumulated += 1
+        packings = [lane.packing for lane in lanes]
+        num_tokens = sum(packing.num_tokens for packing in packings)
         metrics = totals.metrics.result()
-        metrics |= {"micro_batches": float(len(packing.bins)), "packing_fill": packing.fill}
+        metrics["micro_batches"] = float(sum(len(packing.bins) for packing in packings))
+        metrics["packing_fill"] = num_tokens / sum(packing.room for packing in packings)
         versions = [sample.weight_version for sample in samples if sample.weight_version is not None]
         if versions:
             metrics["max_staleness"] = float(self.weight_version - min(versions))
         return TrainStats(
             loss=math.fsum(totals.losses),  # correctly rounded: the order of samples does not show
-            num_tokens=packing.num_tokens,
+            num_tokens=num_tokens,
             num_loss_tokens=totals.num_loss_tokens,
             max_abs_logprob_difference=totals.max_difference,
             metrics=metrics,
@@ -151,7 +208,7 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Drops what has been accumulated."""
-        self.optimizer.zero_grad()
+        self.reducer.reset()
         self.num_accumulated = 0
 
     @_torch_on_one_thread()
@@ -164,17 +221,101 @@ class Trainer:
         inverse = _inverse(temperature, "score")
         for index, tokens in enumerate(sequences):
             self._token_ids(f"sequence {index}", tokens)
+        dp = self.model.mesh.dp
         scored = [torch.empty(0)] * len(sequences)
         chosen = [index for index, tokens in enumerate(sequences) if len(tokens) > 1]
-        packing = pack([len(sequences[i]) - 1 for i in chosen], self.config.train_batch_tokens)
-        for members in packing.bins:
-            batch = [sequences[chosen[i]] for i in members]
+        lengths = [len(sequences[i]) - 1 for i in chosen]
+        shares = self._lanes_of(lengths, dp.size)
+        mine = shares[dp.index]
+        batches = [[sequences[chosen[mine.members[i]]] for i in members] for members in mine.packing.bins]
+        here = [torch.empty(0)] * len(mine.members)
+        for members, values in zip(mine.packing.bins, self._score_batches(batches, inverse), strict=True):
+            for i, value in zip(members, values, strict=True):
+                here[i] = value
+        everyone = start_all_gather_pieces(
+            torch.cat([torch.empty(0), *here]), dp, [share.packing.num_tokens for share in shares]
+        ).wait()
+        order = [i for share in shares for i in share.members]
+        for i, value in zip(order, everyone.split([lengths[i] for i in order]), strict=True):
+            scored[chosen[i]] = value.clone()
+        return scored
+
+    def _deal(self, targets: list[_Target], chosen: list[int]) -> list[_Lane]:
+        """Every lane of a call: the same on every rank, and on any number of them."""
+        lanes = self._lanes_of([len(targets[i].inputs) for i in chosen], self.gradient_lanes)
+        return [_Lane([chosen[i] for i in lane.members], lane.packing) for lane in lanes]
+
+    def _lanes_of(self, lengths: list[int], num_lanes: int) -> list[_Lane]:
+        width, least = self.model.config.hidden_size, self.config.parallel.least_micro_batches
+        lanes = []
+        for members in deal([sequence_cost(length, width) for length in lengths], num_lanes):
+            packing = pack_at_least([lengths[i] for i in members], self.config.train_batch_tokens, least)
+            lanes.append(_Lane(members, packing))
+        return lanes
+
+    def _run_lanes(
+        self, lanes: list[_Lane], targets: list[_Target], loss: Loss, totals: _Totals
+    ) -> list[tuple[int, Tensor]]:
+        """Runs this replica's lanes in their rounds and puts all gradients into the sum; what every replica saw is in
+        `totals` then. Returns index and log-probabilities of each sample. A replica that fails goes on sending what
+        the others wait for, and all raise when they have told each other."""
+        dp, reducer = self.model.mesh.dp, self.reducer
+        seen: list[Tensor] = []
+        failure: Exception | None = None
+        reducer.begin()
+        for now in rounds(len(lanes), dp.size):
+            here = lanes[now[dp.index]] if dp.index < len(now) else None
+            live = [i < len(now) and bool(lanes[now[i]].members) for i in range(dp.size)]
+            batches = here.micro_batches(targets) if here else []
+            reducer.begin_lane(len(batches), live)
+            if here and failure is None:
+                try:
+                    values = self._run_lane(batches, loss, totals)
+                    by_member = dict(zip(itertools.chain(*here.packing.bins), itertools.chain(*values), strict=True))
+                    seen += [by_member[i] for i in range(len(here.members))]
+                except Exception as error:
+                    failure = error
+            reducer.finish_lane()
+        reducer.finish()
+        return self._exchange(lanes, targets, totals, seen, failure)
+
+    def _run_lane(self, batches: list[list[_Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
+        """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch."""
+        return [self._micro_batch(batch, loss, totals) for batch in batches]
+
+    def _exchange(
+        self,
+        lanes: list[_Lane],
+        targets: list[_Target],
+        totals: _Totals,
+        seen: list[Tensor],
+        failure: Exception | None,
+    ) -> list[tuple[int, Tensor]]:
+        """Tells the other replicas what was seen here, and learns what they saw: see `_run_lanes`."""
+        dp = self.model.mesh.dp
+        outcome = (totals, torch.cat([torch.empty(0), *seen]), failure and _described(failure, dp.index))
+        found: list[tuple[int, Tensor]] = []
+        outcomes = all_gather_object(outcome, dp)
+        if failure is not None:
+            raise failure
+        for _, _, other in outcomes:
+            if other is not None:
+                raise other
+        for replica, (theirs, logprobs, _) in enumerate(outcomes):
+            if replica != dp.index:
+                totals.merge(theirs)
+            indices = [i for lane in lanes[replica :: dp.size] for i in lane.members]
+            found += zip(indices, logprobs.split([len(targets[i].positions) for i in indices]), strict=True)
+        return found
+
+    def _score_batches(self, batches: list[list[list[int]]], inverse: float) -> list[list[Tensor]]:
+        """The log-probabilities of each sequence of each micro-batch."""
+        scored = []
+        for batch in batches:
             hidden = self.model.forward(self._packed([tokens[:-1] for tokens in batch]))  # [T, D]
             targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
             logprobs, _ = self.model.token_logprob(hidden, targets, _temperatures([inverse], [len(targets)]))
-            pieces = logprobs.split([len(tokens) - 1 for tokens in batch])
-            for i, piece in zip(members, pieces, strict=True):
-                scored[chosen[i]] = piece.clone()
+            scored.append(list(logprobs.split([len(tokens) - 1 for tokens in batch])))
         return scored
 
     def _micro_batch(self, targets: list[_Target], loss: Loss, totals: _Totals) -> list[Tensor]:
@@ -211,8 +352,7 @@ class Trainer:
         totals.metrics.add(batch, cut)
         difference = (logprobs.detach() - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
-        if len(difference):
-            totals.max_difference = max(totals.max_difference or 0.0, float(difference.max()))
+        totals.saw(float(difference.max()) if len(difference) else None)
         return list(logprobs.detach().split(counts))
 
     def _packed(self, sequences: list[list[int]]) -> TokenBatch:
@@ -261,6 +401,14 @@ class Trainer:
                 " shorten it, or drop it"
             )
         return ids
+
+
+def _described(failure: Exception, replica: int) -> EngineError:
+    """What the other replicas raise."""
+    if isinstance(failure, EngineError):
+        return type(failure)(f"{failure} (in data-parallel replica {replica})")
+    text = f"{type(failure).__name__}: {failure}"
+    return ParallelError(f"data-parallel replica {replica} failed ({text}); gradients were dropped on all: see its log")
 
 
 def _vector(where: str, name: str, values: Any, length: int) -> Tensor:
