@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.config import OptimizerConfig
 from engine.errors import ConfigError, InputError, NumericsError, nearest
 from engine.kernels.adamw import adamw_, squared_norm
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.weight import Weight
 from engine.parallel.collectives import all_gather_object
@@ -49,7 +49,7 @@ def learning_rate(
 
 @dataclass
 class Moments:
-    """What AdamW keeps of one block of rows: fp32, dense, in the block's own shape."""
+    """What AdamW keeps of one block of rows: fp32 (float64 for float64), dense, in the block's own shape."""
 
     master: Tensor
     exp_avg: Tensor
@@ -82,8 +82,9 @@ class AdamW:
             return
         fresh = {}
         for weight in self.weights:
-            master = weight.dense(dtype=torch.float32)
-            fresh[weight.name] = Moments(master, zeros(weight.shape, torch.float32), zeros(weight.shape, torch.float32))
+            dtype = wide_dtype(weight.dtype)
+            master = weight.dense(dtype=dtype)
+            fresh[weight.name] = Moments(master, zeros(weight.shape, dtype), zeros(weight.shape, dtype))
         self.state = fresh
 
     def zero_grad(self) -> None:
@@ -129,9 +130,9 @@ class AdamW:
             return math.sqrt(total)
         self.zero_grad()
         raise NumericsError(
-            f"the gradients of {len(culprits)} of {sum(len(squares) for squares, _ in everyone)} blocks of weights are "
-            f"not finite, the first being {culprits[0] if culprits else 'none, only their sum'}; the step was not taken "
-            "and the gradients were dropped: lower the learning rate, or look for infinite advantages or "
+            f"the gradients of {len(culprits)} of {sum(len(squares) for squares, _ in everyone)} blocks of weights "
+            f"are not finite, the first being {culprits[0] if culprits else 'none, only their sum'}; the step was not "
+            "taken and the gradients were dropped: lower the learning rate, or look for infinite advantages or "
             "log-probabilities"
         )
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import EngineConfig
 from engine.errors import EngineError, InputError, NumericsError, ParallelError
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
-from engine.kernels.token_logprob import inverse_temperature
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
@@ -29,6 +28,7 @@ from engine.parallel.collectives import all_gather_object, start_all_gather_piec
 from engine.parallel.data import GradientReducer, in_place
 from engine.parallel.lanes import deal, rounds, sequence_cost
 from engine.parallel.ownership import Shares, row_blocks
+from engine.targets import Target, inverse_of, make_target, temperatures, token_ids
 from engine.types import Sample, StepStats, TrainStats
 
 
@@ -45,20 +45,6 @@ def _torch_on_one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@dataclass
-class _Target:
-    """The loss tokens of one sample: what they are, which rows predict them, what the loss wants to know of them."""
-
-    sample: Sample
-    inputs: list[int]  # the tokens up to the last row that predicts a loss token; later ones cannot matter to the loss
-    positions: Tensor  # [N] int64: index of each loss token; row positions - 1 predicts it
-    tokens: Tensor  # [N] int32
-    advantages: Tensor  # [N] float32
-    old_logprobs: Tensor  # [N] float32, NaN where not given
-    ref_logprobs: Tensor  # [N] float32, NaN where not given
-    inv_temperature: float
 
 
 @dataclass
@@ -90,7 +76,7 @@ class _Lane:
     members: list[int]  # sample indices
     packing: Packing  # its bins hold indices into `members`
 
-    def micro_batches(self, targets: list[_Target]) -> list[list[_Target]]:
+    def micro_batches(self, targets: list[Target]) -> list[list[Target]]:
         return [[targets[self.members[i]] for i in members] for members in self.packing.bins]
 
 
@@ -105,6 +91,7 @@ class Trainer:
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
         self.config = config
+        self.dtype = wide_dtype(model.dtype)  # of log-probabilities, losses and what they are computed from
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
         model.checkpointing = config.activation_checkpointing
@@ -131,7 +118,7 @@ class Trainer:
     def _reducer(self) -> GradientReducer:
         model, mesh, lanes = self.model, self.model.mesh, self._lanes
         blocks, groups, tied = row_blocks(model.parts()), model.gradient_buckets(), model.tied_weight
-        shares = Shares(blocks, groups, mesh.data, mesh.world, in_place(mesh, lanes), dealt_first=tied)
+        shares = Shares(blocks, groups, mesh, in_place(mesh, lanes), tied)
         reducer = GradientReducer(shares, mesh, lanes, model.partial_gradients(), tied)
         model.backward_passed = None if reducer.in_place else reducer.backward_passed
         return reducer
@@ -153,7 +140,9 @@ class Trainer:
         ready = Loss(loss)
         if not samples:
             raise InputError("forward_backward got no samples; pass at least one")
-        targets = [self._target(index, sample, ready) for index, sample in enumerate(samples)]
+        targets = [
+            make_target(index, sample, ready, self.model.config, self.dtype) for index, sample in enumerate(samples)
+        ]
         chosen = [index for index, target in enumerate(targets) if len(target.positions)]
         if not chosen:
             raise InputError(
@@ -161,7 +150,7 @@ class Trainer:
             )
         totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
         lanes = self._deal(targets, chosen)
-        logprobs = [torch.full((len(sample.tokens) - 1,), math.nan) for sample in samples]
+        logprobs = [torch.full((len(sample.tokens) - 1,), math.nan, dtype=self.dtype) for sample in samples]
         try:
             for index, value in self._run_lanes(lanes, targets, ready, totals):
                 logprobs[index][targets[index].positions - 1] = value
@@ -218,29 +207,29 @@ class Trainer:
 
         Raises InputError.
         """
-        inverse = _inverse(temperature, "score")
+        inverse = inverse_of(temperature, "score")
         for index, tokens in enumerate(sequences):
-            self._token_ids(f"sequence {index}", tokens)
+            token_ids(f"sequence {index}", tokens, self.model.config)
         dp = self.model.mesh.dp
-        scored = [torch.empty(0)] * len(sequences)
+        empty = torch.empty(0, dtype=self.dtype)
+        scored = [empty] * len(sequences)
         chosen = [index for index, tokens in enumerate(sequences) if len(tokens) > 1]
         lengths = [len(sequences[i]) - 1 for i in chosen]
         shares = self._lanes_of(lengths, dp.size)
         mine = shares[dp.index]
         batches = [[sequences[chosen[mine.members[i]]] for i in members] for members in mine.packing.bins]
-        here = [torch.empty(0)] * len(mine.members)
+        here = [empty] * len(mine.members)
         for members, values in zip(mine.packing.bins, self._score_batches(batches, inverse), strict=True):
             for i, value in zip(members, values, strict=True):
                 here[i] = value
-        everyone = start_all_gather_pieces(
-            torch.cat([torch.empty(0), *here]), dp, [share.packing.num_tokens for share in shares]
-        ).wait()
+        sizes = [share.packing.num_tokens for share in shares]
+        everyone = start_all_gather_pieces(torch.cat([empty, *here]), dp, sizes).wait()
         order = [i for share in shares for i in share.members]
         for i, value in zip(order, everyone.split([lengths[i] for i in order]), strict=True):
             scored[chosen[i]] = value.clone()
         return scored
 
-    def _deal(self, targets: list[_Target], chosen: list[int]) -> list[_Lane]:
+    def _deal(self, targets: list[Target], chosen: list[int]) -> list[_Lane]:
         """Every lane of a call: the same on every rank, and on any number of them."""
         lanes = self._lanes_of([len(targets[i].inputs) for i in chosen], self.gradient_lanes)
         return [_Lane([chosen[i] for i in lane.members], lane.packing) for lane in lanes]
@@ -254,7 +243,7 @@ class Trainer:
         return lanes
 
     def _run_lanes(
-        self, lanes: list[_Lane], targets: list[_Target], loss: Loss, totals: _Totals
+        self, lanes: list[_Lane], targets: list[Target], loss: Loss, totals: _Totals
     ) -> list[tuple[int, Tensor]]:
         """Runs this replica's lanes in their rounds and puts all gradients into the sum; what every replica saw is in
         `totals` then. Returns index and log-probabilities of each sample. A replica that fails goes on sending what
@@ -279,21 +268,25 @@ class Trainer:
         reducer.finish()
         return self._exchange(lanes, targets, totals, seen, failure)
 
-    def _run_lane(self, batches: list[list[_Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
+    def _run_lane(self, batches: list[list[Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
         """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch."""
         return [self._micro_batch(batch, loss, totals) for batch in batches]
 
     def _exchange(
         self,
         lanes: list[_Lane],
-        targets: list[_Target],
+        targets: list[Target],
         totals: _Totals,
         seen: list[Tensor],
         failure: Exception | None,
     ) -> list[tuple[int, Tensor]]:
         """Tells the other replicas what was seen here, and learns what they saw: see `_run_lanes`."""
         dp = self.model.mesh.dp
-        outcome = (totals, torch.cat([torch.empty(0), *seen]), failure and _described(failure, dp.index))
+        outcome = (
+            totals,
+            torch.cat([torch.empty(0, dtype=self.dtype), *seen]),
+            failure and _described(failure, dp.index),
+        )
         found: list[tuple[int, Tensor]] = []
         outcomes = all_gather_object(outcome, dp)
         if failure is not None:
@@ -314,11 +307,11 @@ class Trainer:
         for batch in batches:
             hidden = self.model.forward(self._packed([tokens[:-1] for tokens in batch]))  # [T, D]
             targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
-            logprobs, _ = self.model.token_logprob(hidden, targets, _temperatures([inverse], [len(targets)]))
+            logprobs, _ = self.model.token_logprob(hidden, targets, temperatures([inverse], [len(targets)]))
             scored.append(list(logprobs.split([len(tokens) - 1 for tokens in batch])))
         return scored
 
-    def _micro_batch(self, targets: list[_Target], loss: Loss, totals: _Totals) -> list[Tensor]:
+    def _micro_batch(self, targets: list[Target], loss: Loss, totals: _Totals) -> list[Tensor]:
         """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
         counts = [len(target.positions) for target in targets]
         with torch.inference_mode(False), torch.enable_grad():
@@ -327,7 +320,7 @@ class Trainer:
             rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
             if len(rows) < hidden.shape[0]:
                 hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
-            inverse = _temperatures([target.inv_temperature for target in targets], counts)
+            inverse = temperatures([target.inv_temperature for target in targets], counts)
             tokens = torch.cat([target.tokens for target in targets])
             logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
             batch = LossBatch(
@@ -358,50 +351,6 @@ class Trainer:
     def _packed(self, sequences: list[list[int]]) -> TokenBatch:
         return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
 
-    def _target(self, index: int, sample: Sample, loss: Loss) -> _Target:
-        where = f"sample {index}"
-        tokens = self._token_ids(where, sample.tokens)
-        length = len(tokens)
-        mask = _vector(where, "loss_mask", sample.loss_mask, length)
-        if not ((mask == 0) | (mask == 1)).all():
-            raise InputError(f"{where}: loss_mask holds values other than 0 and 1; put weights into advantages")
-        if mask[0]:
-            raise InputError(f"{where}: loss_mask[0] is 1, but nothing predicts the first token; it must be 0")
-        positions = mask.nonzero().flatten()
-        if isinstance(sample.advantages, int | float):
-            advantages = torch.full((len(positions),), float(sample.advantages))
-        else:
-            advantages = _vector(where, "advantages", sample.advantages, length).float()[positions]
-        _finite(where, "advantages", advantages, positions)
-        old = _logprobs(where, "old_logprobs", sample.old_logprobs, positions, length, loss, loss.needs_old_logprobs)
-        ref = _logprobs(where, "ref_logprobs", sample.ref_logprobs, positions, length, loss, loss.needs_ref_logprobs)
-        return _Target(
-            sample=sample,
-            inputs=sample.tokens[: int(positions[-1])] if len(positions) else [],
-            positions=positions,
-            tokens=tokens[positions].int(),
-            advantages=advantages,
-            old_logprobs=old,
-            ref_logprobs=ref,
-            inv_temperature=_inverse(sample.temperature, where),
-        )
-
-    def _token_ids(self, where: str, tokens: list[int]) -> Tensor:
-        if len(tokens) == 0:
-            raise InputError(f"{where} has no tokens; it needs at least one")
-        ids = _vector(where, "tokens", tokens, len(tokens))
-        if ids.is_floating_point():
-            raise InputError(f"{where}: tokens are {ids.dtype}; token ids are whole numbers")
-        low, high, limit = int(ids.min()), int(ids.max()), self.model.config.vocab_size
-        if low < 0 or high >= limit:
-            raise InputError(f"{where} holds token id {low if low < 0 else high}; the vocabulary is 0 to {limit - 1}")
-        if len(tokens) > self.model.config.max_position_embeddings:
-            raise InputError(
-                f"{where} has {len(tokens)} tokens; the model's context is {self.model.config.max_position_embeddings}:"
-                " shorten it, or drop it"
-            )
-        return ids
-
 
 def _described(failure: Exception, replica: int) -> EngineError:
     """What the other replicas raise."""
@@ -409,52 +358,6 @@ def _described(failure: Exception, replica: int) -> EngineError:
         return type(failure)(f"{failure} (in data-parallel replica {replica})")
     text = f"{type(failure).__name__}: {failure}"
     return ParallelError(f"data-parallel replica {replica} failed ({text}); gradients were dropped on all: see its log")
-
-
-def _vector(where: str, name: str, values: Any, length: int) -> Tensor:
-    try:
-        vector = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{where}: {name} is not a list of numbers ({error})") from None
-    if tuple(vector.shape) != (length,):
-        raise InputError(f"{where}: {name} has shape {tuple(vector.shape)}, but there are {length} tokens")
-    return vector.detach()
-
-
-def _finite(where: str, name: str, values: Tensor, positions: Tensor) -> None:
-    if not values.isfinite().all():
-        at = int((~values.isfinite()).nonzero()[0])
-        raise InputError(f"{where}: {name}[{int(positions[at])}] is {float(values[at])}; it must be finite")
-
-
-def _logprobs(where: str, name: str, values: Any, positions: Tensor, length: int, loss: Loss, needed: bool) -> Tensor:
-    """The log-probabilities of the loss tokens, [N] float32; NaN where the sample has none and the loss needs none."""
-    if values is None:
-        if needed and len(positions):
-            remedy = "pass Completion.logprobs" if name == "old_logprobs" else "score the tokens with the reference"
-            raise InputError(f'{where} has no {name}, which the loss "{loss.name}" needs; {remedy}')
-        return torch.full((len(positions),), math.nan)
-    vector = _vector(where, name, values, length).float()[positions]
-    _finite(where, name, vector, positions)
-    if len(vector) and vector.max() > 1e-3:  # a softmax may round to just above 0; a placeholder is far above
-        at = int(vector.argmax())
-        raise InputError(
-            f"{where}: {name}[{int(positions[at])}] is {float(vector[at])}; a log-probability is at most 0"
-        )
-    return vector
-
-
-def _inverse(temperature: float, where: str) -> float:
-    if not (math.isfinite(temperature) and temperature >= 0.0):
-        raise InputError(f"{where}: temperature is {temperature}; it must be finite and 0 (which counts as 1) or more")
-    return inverse_temperature(temperature)
-
-
-def _temperatures(inverses: list[float], counts: list[int]) -> Tensor | None:
-    """1 / temperature of every row, [N] float32; None when all are 1."""
-    if all(inverse == 1.0 for inverse in inverses):
-        return None
-    return torch.repeat_interleave(torch.tensor(inverses, dtype=torch.float32), torch.tensor(counts))
 
 
 def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:

@@ -36,6 +36,4 @@ def sequence_cost(length: int, width: int) -> int:
 
 def rounds(num_lanes: int, num_replicas: int) -> list[range]:
     """The lanes that run at the same time, one on each replica from the first on, in the order of folding."""
-    return [
-        range(first, min(first + num_replicas, num_lanes)) for first in range(0, num_lanes, num_replicas)
-    ]
+    return [range(first, min(first + num_replicas, num_lanes)) for first in range(0, num_lanes, num_replicas)]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.weight import PANEL, Weight
-from engine.parallel.collectives import Group, start_all_gather_pieces
+from engine.parallel.collectives import start_all_gather_pieces
+from engine.parallel.mesh import Mesh
 
 BLOCK_ELEMENTS = 1 << 20  # of a block: shares differ by about one, and a call of a kernel costs nothing beside it
 
@@ -58,7 +59,9 @@ def row_blocks(parts: Iterable[HeldRows], elements: int | None = None) -> list[R
     for part in parts:
         blocks = held.setdefault(id(part.weight), [])
         last = blocks[-1] if blocks else RowBlock(part.weight, 0, 0, part.owned)
-        assert last.row + last.rows == part.row, f"rows {last.row + last.rows} to {part.row} of {part.weight} are nobody's"
+        assert last.row + last.rows == part.row, (
+            f"rows {last.row + last.rows} to {part.row} of {part.weight} are nobody's"
+        )
         if blocks and last.counted == part.owned:
             blocks[-1] = RowBlock(part.weight, last.row, last.rows + part.shape[0], part.owned)
         else:
@@ -111,7 +114,7 @@ class Bucket:
 
 
 class Shares:
-    """Which rows this rank steps, of weights that the ranks of `data` hold alike.
+    """Which rows this rank steps, of weights that the ranks of `mesh.data` hold alike.
 
     `buckets` are in the order in which a backward is through with them. With `share_grad` the gradient of a block is
     that of its weight; without it, it is a sum of the block's own.
@@ -121,15 +124,14 @@ class Shares:
         self,
         blocks: Sequence[RowBlock],
         groups: Sequence[Sequence[Weight]],
-        data: Group = Group("data"),
-        world: Group = Group("world"),
+        mesh: Mesh,
         share_grad: bool = True,
         dealt_first: Weight | None = None,
     ) -> None:
         """`groups`: the weights of each bucket. `dealt_first`: a weight alone in its bucket, whose deal depends on
         nothing else, so that another stage of a pipeline with the same weight deals it alike."""
-        self.data = data
-        self.world = world
+        self.data = data = mesh.data
+        self.world = mesh.world
         by_weight: dict[int, list[RowBlock]] = {}
         for block in blocks:
             by_weight.setdefault(id(block.weight), []).append(block)
@@ -154,7 +156,8 @@ class Shares:
     @classmethod
     def single(cls, weights: Sequence[Weight]) -> Shares:
         """All rows of all weights, for one rank."""
-        return cls([RowBlock(weight, 0, weight.shape[0]) for weight in weights], [[weight] for weight in weights])
+        blocks = [RowBlock(weight, 0, weight.shape[0]) for weight in weights]
+        return cls(blocks, [[weight] for weight in weights], Mesh.single())
 
     @property
     def own(self) -> list[Weight]:
