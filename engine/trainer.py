@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +25,16 @@ from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
 from engine.packing import Packing, pack_at_least
-from engine.parallel.collectives import all_gather_object, start_all_gather_pieces
+from engine.parallel.collectives import all_gather_object, broadcast_object, start_all_gather_pieces
 from engine.parallel.data import GradientReducer, in_place
 from engine.parallel.lanes import deal, rounds, sequence_cost
 from engine.parallel.ownership import Shares, row_blocks
+from engine.parallel.pipeline import run_pipeline
+from engine.parallel.schedule import forwards_only, schedule
 from engine.targets import Target, inverse_of, make_target, temperatures, token_ids
 from engine.types import Sample, StepStats, TrainStats
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -269,8 +274,53 @@ class Trainer:
         return self._exchange(lanes, targets, totals, seen, failure)
 
     def _run_lane(self, batches: list[list[Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
-        """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch."""
-        return [self._micro_batch(batch, loss, totals) for batch in batches]
+        """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch. The last stage of
+        a pipeline sees the losses and tells the others; one that fails lets the others go on until then."""
+        seen = _Totals(totals.num_loss_tokens, totals.num_loss_samples, LossMetrics(), [])
+        values: dict[int, list[Tensor]] = {}
+        failure: Exception | None = None
+
+        def finish(number: int, hidden: Tensor) -> Tensor:
+            nonlocal failure
+            if failure is None:
+                try:
+                    total, values[number] = self._loss(hidden, batches[number], loss, seen)
+                    return total
+                except Exception as error:
+                    if self.model.mesh.pp.size == 1:
+                        raise
+                    failure = error
+            return hidden.sum() * 0.0  # the stages before wait for a gradient
+
+        with torch.inference_mode(False):
+            packed = [self._packed([target.inputs for target in targets]) for targets in batches]
+            self._run(packed, finish, learns=True)
+        outcome = (seen, values, failure and _described(failure, "on the last pipeline stage"))
+        seen, values, told = self._from_last_stage(outcome)
+        if told is not None:
+            raise failure or told
+        totals.merge(seen)
+        return [values[number] for number in range(len(batches))]
+
+    def _run(self, batches: list[TokenBatch], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
+        """Micro-batches through the stages of the pipeline, and back where there is something to learn.
+        `finish(number, hidden)` makes a loss of the hidden states, on the last stage."""
+        model, stages = self.model, self.model.mesh.pp.size
+        alone = stages == len(model.chunks) == 1
+        if not batches:
+            return
+        name = "1f1b" if alone else self.config.parallel.schedule  # alone, schedules differ in memory only
+        plan = schedule(name, stages, len(batches), len(model.chunks))
+
+        def forward(number: int, chunk: int, stream: Tensor | None) -> Tensor:
+            out = model.forward(batches[number], stream, chunk)
+            return finish(number, out) if model.chunks[chunk].last else out
+
+        shapes = [model.stream_shape(batch) for batch in batches]
+        run_pipeline(plan if learns else forwards_only(plan), model.mesh.pp, forward, shapes, model.dtype)
+
+    def _from_last_stage(self, value: T) -> T:
+        return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)
 
     def _exchange(
         self,
@@ -285,7 +335,7 @@ class Trainer:
         outcome = (
             totals,
             torch.cat([torch.empty(0, dtype=self.dtype), *seen]),
-            failure and _described(failure, dp.index),
+            failure and _described(failure, f"in data-parallel replica {dp.index}"),
         )
         found: list[tuple[int, Tensor]] = []
         outcomes = all_gather_object(outcome, dp)
@@ -303,61 +353,62 @@ class Trainer:
 
     def _score_batches(self, batches: list[list[list[int]]], inverse: float) -> list[list[Tensor]]:
         """The log-probabilities of each sequence of each micro-batch."""
-        scored = []
-        for batch in batches:
-            hidden = self.model.forward(self._packed([tokens[:-1] for tokens in batch]))  # [T, D]
-            targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
-            logprobs, _ = self.model.token_logprob(hidden, targets, temperatures([inverse], [len(targets)]))
-            scored.append(list(logprobs.split([len(tokens) - 1 for tokens in batch])))
-        return scored
+        scored: dict[int, list[Tensor]] = {}
 
-    def _micro_batch(self, targets: list[Target], loss: Loss, totals: _Totals) -> list[Tensor]:
-        """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
+        def finish(number: int, hidden: Tensor) -> Tensor:
+            targets = torch.tensor([token for tokens in batches[number] for token in tokens[1:]], dtype=torch.int32)
+            logprobs, _ = self.model.token_logprob(hidden, targets, temperatures([inverse], [len(targets)]))
+            scored[number] = list(logprobs.split([len(tokens) - 1 for tokens in batches[number]]))
+            return logprobs
+
+        self._run([self._packed([tokens[:-1] for tokens in batch]) for batch in batches], finish, learns=False)
+        scored = self._from_last_stage(scored)
+        return [scored[number] for number in range(len(batches))]
+
+    def _loss(self, hidden: Tensor, targets: list[Target], loss: Loss, totals: _Totals) -> tuple[Tensor, list[Tensor]]:
+        """The loss of samples that share a micro-batch, from its hidden states [T, D], and the log-probability of each
+        of their loss tokens."""
         counts = [len(target.positions) for target in targets]
-        with torch.inference_mode(False), torch.enable_grad():
-            hidden = self.model.forward(self._packed([target.inputs for target in targets]))  # [T, D]
-            starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
-            rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
-            if len(rows) < hidden.shape[0]:
-                hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
-            inverse = temperatures([target.inv_temperature for target in targets], counts)
-            tokens = torch.cat([target.tokens for target in targets])
-            logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
-            batch = LossBatch(
-                logprobs=logprobs,
-                entropy=entropy,
-                advantages=torch.cat([target.advantages for target in targets]),
-                old_logprobs=torch.cat([target.old_logprobs for target in targets]),
-                ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
-                positions=torch.cat([target.positions for target in targets]),
-                sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
-                cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
-                samples=[target.sample for target in targets],
-                num_loss_tokens=totals.num_loss_tokens,
-                num_loss_samples=totals.num_loss_samples,
-            )
-            losses, cut = loss.per_token(batch)  # [N]
-            weights = loss.token_weights(batch)  # [N]
-            if not losses.isfinite().all():
-                raise NumericsError(_describe_not_finite(batch, losses))
-            (losses * weights.to(losses.dtype)).sum().backward()
+        starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
+        rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
+        if len(rows) < hidden.shape[0]:
+            hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
+        inverse = temperatures([target.inv_temperature for target in targets], counts)
+        tokens = torch.cat([target.tokens for target in targets])
+        logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
+        batch = LossBatch(
+            logprobs=logprobs,
+            entropy=entropy,
+            advantages=torch.cat([target.advantages for target in targets]),
+            old_logprobs=torch.cat([target.old_logprobs for target in targets]),
+            ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
+            positions=torch.cat([target.positions for target in targets]),
+            sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
+            cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
+            samples=[target.sample for target in targets],
+            num_loss_tokens=totals.num_loss_tokens,
+            num_loss_samples=totals.num_loss_samples,
+        )
+        losses, cut = loss.per_token(batch)  # [N]
+        weights = loss.token_weights(batch)  # [N]
+        if not losses.isfinite().all():
+            raise NumericsError(_describe_not_finite(batch, losses))
         totals.losses += (losses.detach().double() * weights).tolist()
         totals.metrics.add(batch, cut)
         difference = (logprobs.detach() - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
         totals.saw(float(difference.max()) if len(difference) else None)
-        return list(logprobs.detach().split(counts))
+        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().split(counts))
 
     def _packed(self, sequences: list[list[int]]) -> TokenBatch:
         return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
 
 
-def _described(failure: Exception, replica: int) -> EngineError:
-    """What the other replicas raise."""
+def _described(failure: Exception, where: str) -> EngineError:
+    """What the other ranks raise."""
     if isinstance(failure, EngineError):
-        return type(failure)(f"{failure} (in data-parallel replica {replica})")
-    text = f"{type(failure).__name__}: {failure}"
-    return ParallelError(f"data-parallel replica {replica} failed ({text}); gradients were dropped on all: see its log")
+        return type(failure)(f"{failure} ({where})")
+    return ParallelError(f"{type(failure).__name__} {where} ({failure}); gradients were dropped on all ranks")
 
 
 def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:

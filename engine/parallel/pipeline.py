@@ -46,21 +46,6 @@ def run_pipeline(
     _Run(plan, group, forward, shapes, dtype).run()
 
 
-def sum_over_ends_(x: Tensor, group: Group) -> None:
-    """In place, the sum of x on the first rank of the group and x on the last, on both: what the two hold of a weight
-    that both ends of a pipeline use. The bits are the same on both, for there is one addition. Other ranks do not call
-    it. Raises ParallelError.
-    """
-    other = group.size - 1 - group.index
-    assert {group.index, other} == {0, group.size - 1}, f"rank {group.index} is at no end of {group}"
-    if other != group.index:
-        arriving = start_receive(tuple(x.shape), x.dtype, group, other)
-        leaving = start_send(x, group, other)
-        theirs = arriving.wait()
-        leaving.wait()
-        x += theirs
-
-
 class _Run:
     def __init__(
         self, plan: Schedule, group: Group, forward: Forward, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
