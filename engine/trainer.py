@@ -8,33 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from engine.batch import TokenBatch
 from engine.config import EngineConfig
-from engine.errors import EngineError, InputError, NumericsError, ParallelError
+from engine.errors import EngineError, InputError, NumericsError
 from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
-from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
+from engine.losses import Loss, LossConfig, LossFunction, LossMetrics
+from engine.micro_batches import MicroBatches, Totals, described
 from engine.model import Transformer
 from engine.optim import AdamW
 from engine.packing import Packing, pack_at_least
-from engine.parallel.collectives import all_gather_object, broadcast_object, start_all_gather_pieces
+from engine.parallel.collectives import all_gather_object, start_all_gather_pieces
 from engine.parallel.data import GradientReducer, in_place
 from engine.parallel.lanes import deal, rounds, sequence_cost
 from engine.parallel.ownership import Shares, row_blocks
-from engine.parallel.pipeline import run_pipeline
-from engine.parallel.schedule import forwards_only, schedule
-from engine.targets import Target, inverse_of, make_target, temperatures, token_ids
+from engine.targets import Target, inverse_of, make_target, token_ids
 from engine.types import Sample, StepStats, TrainStats
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -50,28 +45,6 @@ def _torch_on_one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@dataclass
-class _Totals:
-    """What one `forward_backward` gathers over its micro-batches. The two counts are of the whole call, the rest is of
-    what ran here until `merge` brings the other replicas'."""
-
-    num_loss_tokens: int
-    num_loss_samples: int
-    metrics: LossMetrics
-    losses: list[float]
-    max_difference: float | None = None
-
-    def saw(self, difference: float | None) -> None:
-        """Of differences to old log-probabilities, the largest counts."""
-        if difference is not None:
-            self.max_difference = max(self.max_difference or 0.0, difference)
-
-    def merge(self, other: _Totals) -> None:
-        self.metrics.merge(other.metrics)
-        self.losses += other.losses
-        self.saw(other.max_difference)
 
 
 @dataclass
@@ -96,6 +69,7 @@ class Trainer:
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
         self.config = config
+        self.micro_batches = MicroBatches(model, config.parallel)
         self.dtype = wide_dtype(model.dtype)  # of log-probabilities, losses and what they are computed from
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
@@ -153,7 +127,7 @@ class Trainer:
             raise InputError(
                 f"none of the {len(samples)} samples has a token with loss_mask 1; there is nothing to train"
             )
-        totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
+        totals = Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
         lanes = self._deal(targets, chosen)
         logprobs = [torch.full((len(sample.tokens) - 1,), math.nan, dtype=self.dtype) for sample in samples]
         try:
@@ -224,7 +198,7 @@ class Trainer:
         mine = shares[dp.index]
         batches = [[sequences[chosen[mine.members[i]]] for i in members] for members in mine.packing.bins]
         here = [empty] * len(mine.members)
-        for members, values in zip(mine.packing.bins, self._score_batches(batches, inverse), strict=True):
+        for members, values in zip(mine.packing.bins, self.micro_batches.score(batches, inverse), strict=True):
             for i, value in zip(members, values, strict=True):
                 here[i] = value
         sizes = [share.packing.num_tokens for share in shares]
@@ -248,7 +222,7 @@ class Trainer:
         return lanes
 
     def _run_lanes(
-        self, lanes: list[_Lane], targets: list[Target], loss: Loss, totals: _Totals
+        self, lanes: list[_Lane], targets: list[Target], loss: Loss, totals: Totals
     ) -> list[tuple[int, Tensor]]:
         """Runs this replica's lanes in their rounds and puts all gradients into the sum; what every replica saw is in
         `totals` then. Returns index and log-probabilities of each sample. A replica that fails goes on sending what
@@ -264,7 +238,7 @@ class Trainer:
             reducer.begin_lane(len(batches), live)
             if here and failure is None:
                 try:
-                    values = self._run_lane(batches, loss, totals)
+                    values = self.micro_batches.learn(batches, loss, totals)
                     by_member = dict(zip(itertools.chain(*here.packing.bins), itertools.chain(*values), strict=True))
                     seen += [by_member[i] for i in range(len(here.members))]
                 except Exception as error:
@@ -273,60 +247,11 @@ class Trainer:
         reducer.finish()
         return self._exchange(lanes, targets, totals, seen, failure)
 
-    def _run_lane(self, batches: list[list[Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
-        """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch. The last stage of
-        a pipeline sees the losses and tells the others; one that fails lets the others go on until then."""
-        seen = _Totals(totals.num_loss_tokens, totals.num_loss_samples, LossMetrics(), [])
-        values: dict[int, list[Tensor]] = {}
-        failure: Exception | None = None
-
-        def finish(number: int, hidden: Tensor) -> Tensor:
-            nonlocal failure
-            if failure is None:
-                try:
-                    total, values[number] = self._loss(hidden, batches[number], loss, seen)
-                    return total
-                except Exception as error:
-                    if self.model.mesh.pp.size == 1:
-                        raise
-                    failure = error
-            return hidden.sum() * 0.0  # the stages before wait for a gradient
-
-        with torch.inference_mode(False):
-            packed = [self._packed([target.inputs for target in targets]) for targets in batches]
-            self._run(packed, finish, learns=True)
-        outcome = (seen, values, failure and _described(failure, "on the last pipeline stage"))
-        seen, values, told = self._from_last_stage(outcome)
-        if told is not None:
-            raise failure or told
-        totals.merge(seen)
-        return [values[number] for number in range(len(batches))]
-
-    def _run(self, batches: list[TokenBatch], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
-        """Micro-batches through the stages of the pipeline, and back where there is something to learn.
-        `finish(number, hidden)` makes a loss of the hidden states, on the last stage."""
-        model, stages = self.model, self.model.mesh.pp.size
-        alone = stages == len(model.chunks) == 1
-        if not batches:
-            return
-        name = "1f1b" if alone else self.config.parallel.schedule  # alone, schedules differ in memory only
-        plan = schedule(name, stages, len(batches), len(model.chunks))
-
-        def forward(number: int, chunk: int, stream: Tensor | None) -> Tensor:
-            out = model.forward(batches[number], stream, chunk)
-            return finish(number, out) if model.chunks[chunk].last else out
-
-        shapes = [model.stream_shape(batch) for batch in batches]
-        run_pipeline(plan if learns else forwards_only(plan), model.mesh.pp, forward, shapes, model.dtype)
-
-    def _from_last_stage(self, value: T) -> T:
-        return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)
-
     def _exchange(
         self,
         lanes: list[_Lane],
         targets: list[Target],
-        totals: _Totals,
+        totals: Totals,
         seen: list[Tensor],
         failure: Exception | None,
     ) -> list[tuple[int, Tensor]]:
@@ -335,7 +260,7 @@ class Trainer:
         outcome = (
             totals,
             torch.cat([torch.empty(0, dtype=self.dtype), *seen]),
-            failure and _described(failure, f"in data-parallel replica {dp.index}"),
+            failure and described(failure, f"in data-parallel replica {dp.index}"),
         )
         found: list[tuple[int, Tensor]] = []
         outcomes = all_gather_object(outcome, dp)
@@ -350,71 +275,3 @@ class Trainer:
             indices = [i for lane in lanes[replica :: dp.size] for i in lane.members]
             found += zip(indices, logprobs.split([len(targets[i].positions) for i in indices]), strict=True)
         return found
-
-    def _score_batches(self, batches: list[list[list[int]]], inverse: float) -> list[list[Tensor]]:
-        """The log-probabilities of each sequence of each micro-batch."""
-        scored: dict[int, list[Tensor]] = {}
-
-        def finish(number: int, hidden: Tensor) -> Tensor:
-            targets = torch.tensor([token for tokens in batches[number] for token in tokens[1:]], dtype=torch.int32)
-            logprobs, _ = self.model.token_logprob(hidden, targets, temperatures([inverse], [len(targets)]))
-            scored[number] = list(logprobs.split([len(tokens) - 1 for tokens in batches[number]]))
-            return logprobs
-
-        self._run([self._packed([tokens[:-1] for tokens in batch]) for batch in batches], finish, learns=False)
-        scored = self._from_last_stage(scored)
-        return [scored[number] for number in range(len(batches))]
-
-    def _loss(self, hidden: Tensor, targets: list[Target], loss: Loss, totals: _Totals) -> tuple[Tensor, list[Tensor]]:
-        """The loss of samples that share a micro-batch, from its hidden states [T, D], and the log-probability of each
-        of their loss tokens."""
-        counts = [len(target.positions) for target in targets]
-        starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
-        rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
-        inverse = temperatures([target.inv_temperature for target in targets], counts)
-        tokens = torch.cat([target.tokens for target in targets])
-        logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
-        batch = LossBatch(
-            logprobs=logprobs,
-            entropy=entropy,
-            advantages=torch.cat([target.advantages for target in targets]),
-            old_logprobs=torch.cat([target.old_logprobs for target in targets]),
-            ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
-            positions=torch.cat([target.positions for target in targets]),
-            sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
-            cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
-            samples=[target.sample for target in targets],
-            num_loss_tokens=totals.num_loss_tokens,
-            num_loss_samples=totals.num_loss_samples,
-        )
-        losses, cut = loss.per_token(batch)  # [N]
-        weights = loss.token_weights(batch)  # [N]
-        if not losses.isfinite().all():
-            raise NumericsError(_describe_not_finite(batch, losses))
-        totals.losses += (losses.detach().double() * weights).tolist()
-        totals.metrics.add(batch, cut)
-        difference = (logprobs.detach() - batch.old_logprobs).abs()
-        difference = difference[~difference.isnan()]
-        totals.saw(float(difference.max()) if len(difference) else None)
-        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().split(counts))
-
-    def _packed(self, sequences: list[list[int]]) -> TokenBatch:
-        return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
-
-
-def _described(failure: Exception, where: str) -> EngineError:
-    """What the other ranks raise."""
-    if isinstance(failure, EngineError):
-        return type(failure)(f"{failure} ({where})")
-    return ParallelError(f"{type(failure).__name__} {where} ({failure}); gradients were dropped on all ranks")
-
-
-def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:
-    row = int((~losses.isfinite()).nonzero()[0])
-    return (
-        f"the loss of token {int(batch.positions[row])} of a sample is {losses[row].item()} (log-probability "
-        f"{batch.logprobs[row].item()}, advantage {float(batch.advantages[row])}, old log-probability "
-        f"{float(batch.old_logprobs[row])}); gradients were dropped: check the weights for NaN and infinity"
-    )
