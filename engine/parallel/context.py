@@ -129,18 +129,20 @@ class ContextShard:
 
     def gather_keys(self, own: Tensor) -> Tensor:
         """Key and value columns of all rows of the keys' plan: [T, 2K Dh] -> [T_kv, 2K Dh]."""
-        size, count = self.group.size, len(self.moving)
-        received = all_to_all(own.index_select(0, self.moving).repeat(size, 1), self.group, [count] * size, self.counts)
         kv = torch.empty((self.num_keys, own.shape[1]), dtype=own.dtype)
-        kv.index_copy_(0, self.received_at, received)
+        if any(self.counts):
+            size, count = self.group.size, len(self.moving)
+            copies = own.index_select(0, self.moving).repeat(size, 1)
+            kv.index_copy_(0, self.received_at, all_to_all(copies, self.group, [count] * size, self.counts))
         return kv.index_copy_(0, self.staying_at, own.index_select(0, self.staying))
 
     def sum_gradients(self, d_kv: Tensor, out: Tensor) -> None:
         """Back from `gather_keys`: [T_kv, 2K Dh], each rank's part of the gradient, to its sum over ranks for own rows,
         written to `out` [T, 2K Dh]."""
-        size, count = self.group.size, len(self.moving)
-        parts = all_to_all(d_kv.index_select(0, self.received_at), self.group, self.counts, [count] * size)
-        out[self.moving] = fold(parts.view(size, count, -1)).to(out.dtype)
+        if any(self.counts):
+            size, count = self.group.size, len(self.moving)
+            parts = all_to_all(d_kv.index_select(0, self.received_at), self.group, self.counts, [count] * size)
+            out[self.moving] = fold(parts.view(size, count, d_kv.shape[1])).to(out.dtype)
         out[self.staying] = d_kv.index_select(0, self.staying_at)
 
 
@@ -186,14 +188,14 @@ class Choice:
             return hidden
         return hidden.index_select(0, self.local)
 
-    def whole(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Vectors of this rank's chosen rows to those of all N, in order, on every rank. Every rank goes on with all of
+    def whole(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of this rank's chosen rows to those of all N, in order, on every rank. Every rank goes on with all of
         them alike, so a gradient comes back without a sum. Raises ParallelError."""
         if self.group.size == 1:
-            return values
-        stacked = torch.stack(values, 1)
+            return logprobs, entropy
+        stacked = torch.stack([logprobs, entropy], 1)
         whole = _Whole.apply(stacked, self) if stacked.requires_grad else self.gather(stacked)
-        return tuple(whole.unbind(1))
+        return whole[:, 0], whole[:, 1]
 
     def gather(self, own: Tensor) -> Tensor:
         size = self.group.size
