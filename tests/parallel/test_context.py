@@ -200,13 +200,20 @@ def test_a_rank_without_rows_takes_part(pool4: Pool) -> None:
             assert ours["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_gradients_add_up_to_those_of_one_rank(pool2: Pool, pool4: Pool, size: int) -> None:
-    pool = {2: pool2, 4: pool4}[size]
-    one = scored_and_trained("Qwen3ForCausalLM", "float32", "dapo", SHAPES, True, {}, train_batch_tokens=200)
-    for ours in pool.run(scored_and_trained, "Qwen3ForCausalLM", "float32", "dapo", SHAPES, False, {"cp": size},
-                         train_batch_tokens=200):  # fmt: skip
-        assert largest_error(ours["gradients"], one["gradients"]) < 2e-6
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_gradients_add_up_to_those_of_one_rank(pool2: Pool, architecture: str) -> None:
+    for micro in ({}, {"train_batch_tokens": 100}):
+        one = scored_and_trained(architecture, "float64", "dapo", SHAPES, True, {}, **micro)
+        for ours in pool2.run(scored_and_trained, architecture, "float64", "dapo", SHAPES, False, {"cp": 2}, **micro):
+            assert largest_error(ours["gradients"], one["gradients"]) < 1e-10
+            assert ours["loss"] == pytest.approx(one["loss"], rel=1e-10)
+
+
+def test_gradients_add_up_over_four_ranks(pool4: Pool) -> None:
+    for dtype, limit in (("float64", 1e-10), ("float32", 2e-6)):
+        one = scored_and_trained("Qwen3ForCausalLM", dtype, "dapo", SHAPES, True, {})
+        for ours in pool4.run(scored_and_trained, "Qwen3ForCausalLM", dtype, "dapo", SHAPES, False, {"cp": 4}):
+            assert largest_error(ours["gradients"], one["gradients"]) < limit
 
 
 def sampled_and_trained(dtype: str, parallel: dict[str, Any]) -> dict[str, Any]:
