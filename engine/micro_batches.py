@@ -20,6 +20,7 @@ from engine.errors import EngineError, NumericsError, ParallelError
 from engine.losses import Loss, LossBatch, LossMetrics
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
+from engine.parallel.context import choose_rows
 from engine.parallel.pipeline import run_pipeline
 from engine.parallel.schedule import forwards_only, schedule
 from engine.targets import Target, temperatures
@@ -160,13 +161,15 @@ class MicroBatches:
     def _predictions(
         self, packed: TokenBatch, hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy [N] of `tokens` [N], which the micro-batch's `rows` [N] predict."""
-        if len(rows) < packed.num_tokens:
-            hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
-        return self.model.token_logprob(hidden, tokens, inverse)
+        """Log-probability and entropy [N] of `tokens` [N], which the micro-batch's `rows` [N] predict, from the hidden
+        states of the rows that are here."""
+        choice = choose_rows(rows, packed.context)
+        hidden = choice.take(hidden)  # [T, D] -> [rows of the N that are here, D]
+        inverse = None if inverse is None else inverse[choice.mine]
+        return choice.whole(*self.model.token_logprob(hidden, tokens[choice.mine], inverse))
 
     def _packed(self, sequences: list[list[int]]) -> TokenBatch:
-        return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
+        return TokenBatch.packed(sequences, self.model.placement.sequence_parallel, self.model.mesh.cp)
 
     def _from_last_stage(self, value: T) -> T:
         return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)

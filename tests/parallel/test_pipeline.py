@@ -125,6 +125,12 @@ def test_one_rank_hands_its_chunks_on_to_itself(chunks: int) -> None:
     assert_bits_of_one_rank(plan, [3, 9, 1, 17], [on_this_rank(plan, [3, 9, 1, 17])])
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_micro_batch_without_rows_passes(pool2: Pool, name: str) -> None:
+    plan, rows = schedule(name, 2, 4, 2 if name == "interleaved" else 1), [5, 0, 7, 0]
+    assert_bits_of_one_rank(plan, rows, pool2.run(on_this_rank, plan, rows))
+
+
 def scored(plan: Schedule, rows: list[int]) -> tuple[list[float], bool]:
     losses, gradients = on_this_rank(forwards_only(plan), rows)
     return losses, any(bool(gradient.any()) for pair in gradients for gradient in pair)
