@@ -178,7 +178,11 @@ def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
 def _plain(value: Any) -> object:
     """What stands for a value that msgspec does not know."""
     if isinstance(value, torch.Tensor):
-        return [str(value.dtype), *value.shape, value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data]
+        return [
+            str(value.dtype),
+            *value.shape,
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data,
+        ]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -10,7 +10,7 @@ what is left, so fewer and fewer towards the end. The first rank of a replica ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -51,35 +51,43 @@ class Queue:
         total = len(self._costs)
         if self.is_empty or room < 1:
             return range(0)
-        if self._store is None:
-            self._seen = total
-            return range(total)
-        left = total - self._seen
-        fitting = room * left // max(1, sum(self._costs[self._seen :]))
-        return self._take(max(1, min(fitting, left // (2 * self._mesh.dp.size))))
+        if self._mesh.dp.size == 1:
+            return self._raise(lambda seen: total)
+
+        def share(seen: int) -> int:
+            left = max(1, total - seen)
+            fitting = room * left // max(1, sum(self._costs[seen:]))
+            return max(1, min(fitting, left // (2 * self._mesh.dp.size)))
+
+        return self._raise(share)
 
     def drain(self) -> None:
         """Leaves nothing for anybody: the call has failed."""
         if not self.is_empty:
-            self._take(len(self._costs))
+            self._raise(lambda seen: len(self._costs))
 
     def close(self) -> None:
         """Forgets the counter, when all ranks are through with it."""
         if self._store is not None and self._mesh.is_main:
             self._store.delete_key(COUNTER)
 
-    def _take(self, count: int) -> range:
-        seen = torch.zeros(1, dtype=torch.int64)
-        if self._store is None:
-            seen += self._seen + count
-        elif self._mesh.replica.index == 0:
-            try:
-                seen += self._store.add(COUNTER, count)
-            except RuntimeError as error:
-                raise ParallelError(
-                    f"the queue of prompts cannot be reached from rank {self._mesh.rank}: {str(error).splitlines()[0]}; "
-                    "rank 0, which keeps it, has died"
-                ) from error
-        self._seen = int(broadcast(seen, self._mesh.replica, 0))
+    def _raise(self, share: Callable[[int], int]) -> range:
+        """Takes as many as `share` says for what has been taken; others may take some in between."""
+        span = torch.zeros(2, dtype=torch.int64)  # where the share begins and ends
+        if self._mesh.replica.index == 0:
+            span[1] = self._add(count := share(self._add(0)))
+            span[0] = span[1] - count
+        begin, self._seen = broadcast(span, self._mesh.replica, 0).tolist()
         total = len(self._costs)
-        return range(min(total, self._seen - count), min(total, self._seen))
+        return range(min(total, begin), min(total, self._seen))
+
+    def _add(self, count: int) -> int:
+        if self._store is None:
+            return self._seen + count
+        try:
+            return self._store.add(COUNTER, count)
+        except RuntimeError as error:
+            raise ParallelError(
+                f"the queue of prompts cannot be reached from rank {self._mesh.rank}: {str(error).splitlines()[0]}; "
+                "rank 0, which keeps it, has died"
+            ) from error

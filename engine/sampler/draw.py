@@ -66,8 +66,10 @@ class Drawing:
             logits = linear(take_rows(hidden, rows), model.head, out_dtype=torch.float32)  # [U, this rank's V]
             if self.forked:
                 logits = take_rows(logits, which)  # one row for each of R: siblings fork from one
-            settings = [setting[part] for setting in self._settings]
-            sampled = vocabulary_sample(logits, *settings, vocab_size, group)
+            temperature, top_k, top_p, min_p, seed, counter = (setting[part] for setting in self._settings)
+            sampled = vocabulary_sample(
+                logits, temperature, top_k, top_p, min_p, seed, counter, vocab_size=vocab_size, group=group
+            )
             drawn.tokens[part], drawn.logprobs[part], drawn.kept_mass[part] = (t.numpy() for t in sampled)
             for index, k in self.alternatives.items():
                 if begin <= index < begin + chunk:

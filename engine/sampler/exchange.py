@@ -21,7 +21,11 @@ COLUMNS = 8  # of the table: prompt, sample, tokens, reason, cached tokens, byte
 
 
 def exchange(
-    done: dict[Place, Completion], failure: NumericsError | None, prompts: Sequence[list[int]], version: int, group: Group
+    done: dict[Place, Completion],
+    failure: NumericsError | None,
+    prompts: Sequence[list[int]],
+    version: int,
+    group: Group,
 ) -> dict[Place, Completion]:
     """The completions of all replicas, from those of this one. Raises the failure of any of them on all."""
     if group.size == 1:
@@ -29,8 +33,8 @@ def exchange(
             raise failure
         return done
     message = b"" if failure is None else str(failure).encode()
-    block = np.frombuffer(_pack(done, message), dtype=np.uint8).copy()
-    blocks = all_gather_rows(torch.from_numpy(block), group)
+    mine = torch.from_numpy(np.frombuffer(_pack(done, message), dtype=np.uint8).copy())
+    blocks = all_gather_rows(mine, group)
     everyone: dict[Place, Completion] = {}
     for index, block in enumerate(blocks):
         if index == group.index and failure is None:
@@ -48,9 +52,9 @@ def _pack(done: dict[Place, Completion], failure: bytes) -> bytes:
     for row, ((prompt, sample), each) in zip(table, done.items(), strict=True):
         text = each.text.encode("utf-8", "surrogatepass")
         alternatives = b"" if each.top_logprobs is None else msgspec.msgpack.encode(each.top_logprobs)
-        reason = REASONS.index(each.finish_reason)
-        filtered = each.kept_mass is not None
-        row[:] = prompt, sample, len(each.token_ids), reason, each.num_cached_tokens, len(text), len(alternatives), filtered
+        row[:3] = prompt, sample, len(each.token_ids)
+        row[3:5] = REASONS.index(each.finish_reason), each.num_cached_tokens
+        row[5:] = len(text), len(alternatives), each.kept_mass is not None
         tokens.append(np.array(each.token_ids, dtype=np.int32).tobytes())
         logprobs.append(each.logprobs.numpy().tobytes())
         kept.append(b"" if each.kept_mass is None else each.kept_mass.numpy().tobytes())

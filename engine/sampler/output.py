@@ -12,7 +12,6 @@ from engine.sampler.request import Sequence
 from engine.tokenizer import StreamDecoder, Tokenizer
 from engine.types import Completion, StreamEvent
 
-
 Place = tuple[int, int]  # prompt index, sample index
 
 

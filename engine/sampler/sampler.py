@@ -83,7 +83,7 @@ class Sampler:
         running = self.slots.order
         if self.scheduler.waiting or self.cache.num_free <= len(running):
             return 0
-        coming = sum(len(self.slots.sequence[slot].siblings) for slot in running)  # type: ignore[union-attr]
+        coming = sum(len(s.siblings) for s in self.slots.sequence if s is not None)
         return self.scheduler.max_running - len(running) - coming
 
     def step(self) -> tuple[list[int], list[Sequence]] | None:
