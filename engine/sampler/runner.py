@@ -22,7 +22,6 @@ from torch import Tensor
 from engine.batch import KVView, TokenBatch
 from engine.kernels.attention import AttentionPlan, allocate_pages
 from engine.kernels.graph import Graph
-from engine.kernels.op import cpu_missing
 from engine.model import Transformer
 from engine.parallel.collectives import Pending, start_receive, start_send
 from engine.sampler.draw import Drawing, Drawn
@@ -141,7 +140,7 @@ class Runner:
         self._plan.build(*flight.plan, self.page_size)
         if self.model.chunks[chunk].first:
             self._tokens[:total] = torch.from_numpy(flight.tokens)
-        if cpu_missing():  # no compiled kernels: nothing can be recorded
+        if not self.model.recordable:
             return self.model.forward(self._batch(total), stream, chunk)
         buffer = self._streams[chunk]
         if buffer is not None and stream is not None:
