@@ -37,9 +37,11 @@ def test_ranks_of_a_replica_take_the_same(pool4: Pool) -> None:
 
 
 def test_shares_fit_the_room_and_shrink_towards_the_end(pool2: Pool) -> None:
-    shares = sorted(share for rank in pool2.run(taken, ParallelConfig(dp=2), 64, room=20) for share in rank)
-    assert max(map(len, shares)) == 10  # of two samples each
-    assert len(shares[-1]) == 1
+    _, shares = pool2.run(taken, ParallelConfig(dp=2), 64, room=20, busy=0)
+    sizes = [len(share) for share in shares]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 10  # of two samples each
+    assert sizes[-1] == 1
 
 
 def test_a_replica_that_is_busy_leaves_the_rest_to_the_other(pool2: Pool) -> None:
