@@ -96,6 +96,7 @@ class Watchdog:
         self.processes = list(processes)
         self.call: tuple[str, Group, float] | None = None  # the collective this rank is in, and since when
         self.culprit: Culprit | None = None
+        self.exit: Callable[[int], object] = os._exit
         self.world = dist.group.WORLD if dist.is_initialized() else None
         self._store = store
         self._keeper = keeper
@@ -143,7 +144,7 @@ class Watchdog:
         self._set(f"left/{self.rank}", "has ended")
         if self.culprit is not None or self._told:
             _flush()
-            os._exit(1)
+            self.exit(1)
 
     def report(self, error: BaseException) -> None:
         """This rank fails: the others will say so."""
@@ -249,7 +250,7 @@ class Watchdog:
         flushing = threading.Thread(target=_flush, daemon=True)  # the main thread may hold the streams' locks
         flushing.start()
         flushing.join(1.0)
-        os._exit(1)
+        self.exit(1)
 
     # ---- the store ----
 
