@@ -7,6 +7,7 @@ pp 1:  r2 r3         pp 1:  r6 r7                        gradients are summed, o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from datetime import timedelta
 from itertools import product
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -69,13 +72,12 @@ class Mesh:
     def __str__(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in self.shape.items())
 
-    def agree(self, call: str, fingerprint: int) -> None:
+    def agree(self, call: str, *arguments: object) -> None:
         """Every rank must make the same call with the same arguments. Raises ParallelError that names those who do
         not: a collective later on would hang or mix up their data."""
         if self.world.size == 1:
             return
-        mine = torch.tensor([fingerprint & (2**63 - 1)])
-        prints = all_gather(mine, self.world).view(-1).tolist()
+        prints = all_gather(torch.tensor(fingerprint(call, *arguments)), self.world).tolist()
         others = [rank for rank, value in enumerate(prints) if value != prints[0]]
         if others:
             raise ParallelError(
@@ -146,6 +148,12 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     return Mesh(**mine)
 
 
+def fingerprint(*arguments: object) -> int:
+    """63 bits that are a function of the arguments' values alone; of what is no plain data, of its type."""
+    digest = hashlib.blake2b(msgspec.msgpack.encode(arguments, enc_hook=_plain), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
     """All groups of that name: the ranks of each, in order."""
     span = _SPANS[name]
@@ -157,3 +165,16 @@ def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
         return [sum(i * strides[axis] for i, axis in zip(place, axes, strict=True)) for place in places]
 
     return [tuple(base + offset for offset in ranks(span)) for base in ranks(fixed)]
+
+
+def _plain(value: Any) -> object:
+    """What stands for a value that msgspec does not know."""
+    if isinstance(value, torch.Tensor):
+        return [
+            str(value.dtype),
+            *value.shape,
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data,
+        ]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)
