@@ -33,6 +33,15 @@ PYBIND11_MODULE(_C, m) {
       .def("begin", &Graph::begin)
       .def("end", &Graph::end)
       .def("replay", &Graph::replay, NoGil())
+      // Borrows the function, which the Python side keeps: a reference held here would be one that the garbage
+      // collector cannot see, and a function that knows its graph's owner would keep the owner for ever.
+      .def("host_call", [](Graph& graph, py::handle function) {
+        if (Graph::recording() != &graph) throw std::logic_error("this graph is not recording");
+        graph.add([borrowed = function.ptr()](int64_t rows) {
+          py::gil_scoped_acquire gil;
+          py::reinterpret_borrow<py::object>(borrowed)(rows);
+        });
+      })
       .def("__len__", &Graph::size);
 
   // ---- linear ----

@@ -11,17 +11,16 @@ namespace caduceus {
 
 class Graph {
  public:
-  void begin();  // throws std::logic_error if another graph records on this thread
+  void begin();  // throws std::logic_error if another graph records on this thread, or if this one is replaying
   void end();
-  void replay(int64_t rows) const {
-    for (const auto& op : ops_) op(rows);
-  }
+  void replay(int64_t rows);  // what an op throws ends the replay and goes on to the caller
   size_t size() const { return ops_.size(); }
   static Graph* recording();
   void add(std::function<void(int64_t)> op) { ops_.push_back(std::move(op)); }
 
  private:
   std::vector<std::function<void(int64_t)>> ops_;
+  int replaying_ = 0;  // an op may be a call back to Python, and that may do anything
 };
 
 // Every binding of a forward kernel goes through here: run now on `rows` rows, or record.

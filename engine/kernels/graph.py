@@ -3,9 +3,13 @@
 On a CPU the recording is a list of kernel calls (csrc/graph.h); a GPU has CUDA graphs. Tensors made while a graph
 records come from the graph's own pool: a block is used again once nothing refers to it, as liveness goes in eager mode,
 so a recorded forward needs the memory of its widest moment only.
+
+What is no kernel (a collective, say) takes part as a host call: a Python function that runs between two kernels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,11 +26,13 @@ class Graph:
 
     def __init__(self) -> None:
         self._calls = extension().Graph()
+        self._functions: list[Callable[[int], object]] = []  # of the host calls; the extension only borrows them
         self.pool = Pool()
 
     def __enter__(self) -> Graph:
         global _recording
         self._calls.begin()
+        self._functions.clear()
         _recording = self
         return self
 
@@ -36,11 +42,31 @@ class Graph:
         self._calls.end()
 
     def replay(self, rows: int) -> None:
-        """Runs every recorded kernel on the first `rows` rows of its tensors."""
+        """Runs every recorded kernel on the first `rows` rows of its tensors, and calls each host call with `rows`.
+
+        What a host call raises ends the replay and is raised here; the graph can be replayed again.
+        """
         self._calls.replay(rows)
+
+    def add_host_call(self, function: Callable[[int], object]) -> None:
+        """Notes `function` down after what has been recorded so far."""
+        self._calls.host_call(function)
+        self._functions.append(function)
 
     def __len__(self) -> int:
         return len(self._calls)
+
+
+def host_call(function: Callable[[int], object], rows: int) -> None:
+    """Calls function(rows) between the kernels around it: at once, or at each replay while a graph records.
+
+    A recorded function gets the rows of the replay, at most `rows`. It reads and writes tensors that live as long as
+    the graph does: made before, or with `empty` while it records, and held by the function.
+    """
+    if _recording is not None:
+        _recording.add_host_call(function)
+    else:
+        function(rows)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
