@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.atomic": (0, 1),
     "engine._C": (1, 0),
     "engine.kernels.": (1, 1),
-    "engine.parallel.": (1, 1),
+    "engine.parallel.": (1, 2),
     "engine.batch": (2, 0),
     "engine.architectures": (2, 1),
     "engine.layers": (2, 2),
