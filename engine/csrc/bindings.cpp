@@ -125,15 +125,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu_backward", [](int dtype, Address dy, Address gate_up, Address d_gate_up, int64_t rows, int64_t width) {
     swiglu_backward(dtype, at(dy), at(gate_up), at(d_gate_up), rows, width);
   }, NoGil());
+  m.attr("WHOLE_TABLE") = kWholeTable;
   m.def("embedding", [](int dtype, Address tokens, Address weight, bool packed, Address out, int64_t rows,
-                        int64_t vocab, int64_t width) {
+                        int64_t vocab, int64_t width, int64_t first_row) {
     launch(rows, [=](int64_t n) {
-      embedding(dtype, at<int32_t>(tokens), at(weight), packed, at(out), n, vocab, width);
+      embedding(dtype, at<int32_t>(tokens), at(weight), packed, at(out), n, vocab, width, first_row);
     });
   }, NoGil());
   m.def("embedding_backward", [](int dtype, Address tokens, Address dy, Address weight_grad, int64_t rows,
-                                 int64_t width) {
-    embedding_backward(dtype, at<int32_t>(tokens), at(dy), at<float>(weight_grad), rows, width);
+                                 int64_t vocab, int64_t width, int64_t first_row) {
+    embedding_backward(dtype, at<int32_t>(tokens), at(dy), at<float>(weight_grad), rows, vocab, width, first_row);
   }, NoGil());
 
   // ---- token_logprob, sample_token ----

@@ -22,12 +22,14 @@ from torch import Tensor
 from engine.kernels.embedding import embedding
 from engine.kernels.graph import empty, host_call
 from engine.kernels.linear import linear, linear_grad_bias_, linear_grad_input, linear_grad_weight_
+from engine.kernels.memory import unowned
 from engine.kernels.weight import Weight
 from engine.parallel.collectives import (
     Group,
     Pending,
     all_gather,
     all_reduce,
+    fold,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
@@ -72,6 +74,15 @@ def all_rows(x: Tensor, group: Group, rows: int | None = None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _AllRows.apply(x, group, rows)
     return x if rows is None else _all_rows(x, group, rows)
+
+
+def sum_shared_rows(shared: list[tuple[Tensor, range]], group: Group) -> None:
+    """In place, the sum of each tensor over the ranks at the places beside it, in their order; one exchange for all."""
+    if not shared or group.size == 1:
+        return
+    everyone = all_gather(torch.cat([tensor.reshape(-1) for tensor, _ in shared]), group)  # [p, all elements]
+    for (tensor, holders), pieces in zip(shared, everyone.split([t.numel() for t, _ in shared], 1), strict=True):
+        tensor.copy_(fold(pieces[holders.start : holders.stop]).view(tensor.shape))
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -150,9 +161,10 @@ def _sum(partial: Tensor, bias: Weight | None, dtype: torch.dtype, group: Group,
     if rows is not None:
         return _with_bias(_start_sum(partial, group, rows).wait(), bias).to(dtype)
     out = empty(tuple(partial.shape), dtype)
+    source, target = unowned(partial), unowned(out)
 
     def run(now: int) -> None:
-        out[:now] = _with_bias(all_reduce(partial[:now], group), bias)
+        target[:now] = _with_bias(all_reduce(source[:now], group), bias)
 
     host_call(run, partial.shape[0])
     return out

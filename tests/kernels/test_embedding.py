@@ -72,6 +72,58 @@ def test_replay_reads_the_tokens_of_now():
         assert_same_bits(out[:5], embedding(tokens[:5], weight), "replay")
 
 
+# 97 rows in shards that end inside a panel of 16, in a shard of one row, and at the table's end
+SHARDS = [(0, 41), (41, 1), (42, 55)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", [*ISAS, "torch"])
+def test_a_shard_gives_its_rows_and_zeros_for_the_others(isa, dtype, packed):
+    values, tokens = randn(97, 41).to(dtype), torch.cat([ids(60, 97), torch.arange(97, dtype=torch.int32)])
+    with use_backend("torch") if isa == "torch" else use_isa(isa), torch.no_grad():
+        for first, rows in SHARDS:
+            weight = weight_of(values[first : first + rows], dtype, packed)
+            here = (tokens >= first) & (tokens < first + rows)
+            expected = torch.where(here[:, None], values[tokens.long()], 0)
+            assert_same_bits(embedding(tokens, weight, first_row=first), expected, f"shard from {first}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", [*ISAS, "torch"])
+def test_gradients_of_shards_are_the_rows_of_the_whole_gradient_bitwise(isa, dtype, packed):
+    values, tokens, dy = randn(97, 41).to(dtype), ids(300, 97), randn(300, 41).to(dtype)
+    whole = weight_of(values, dtype, packed)
+    with use_backend("torch") if isa == "torch" else use_isa(isa):
+        embedding(tokens, whole).backward(dy)
+        for first, rows in SHARDS:
+            weight = weight_of(values[first : first + rows], dtype, packed)
+            embedding(tokens, weight, first_row=first).backward(dy)
+            assert_same_bits(grad_of(weight), grad_of(whole)[first : first + rows], f"shard from {first}")
+
+
+def test_a_shard_is_row_invariant():
+    weight = weight_of(randn(40, 41), torch.bfloat16, packed=True)
+    with torch.no_grad():
+        assert_row_invariant(lambda tokens: embedding(tokens, weight, first_row=30), ids(37, 97))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_shard_without_any_of_the_tokens_gives_zeros_and_no_gradient(backend):
+    weight = weight_of(randn(13, 8), torch.float32)
+    with use_backend(backend):
+        out = embedding(torch.tensor([0, 12, 40, 2**31 - 1], dtype=torch.int32), weight, first_row=20)
+        out.backward(torch.ones_like(out))
+    assert not out.any()
+    assert not grad_of(weight).any()
+
+
+def test_a_shard_that_begins_before_its_table_is_refused():
+    with pytest.raises(InputError, match="first_row is -1"):
+        embedding(ids(4, 13), weight_of(randn(13, 8), torch.float32), first_row=-1)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("bad", [-1, 13])
 def test_an_id_outside_the_vocabulary_is_refused(backend, bad):

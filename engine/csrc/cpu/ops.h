@@ -68,13 +68,17 @@ void rms_norm_backward(int dtype, const void* dy, const void* d_sum, const void*
 void swiglu(int dtype, const void* gate_up, void* out, int64_t rows, int64_t width);
 void swiglu_backward(int dtype, const void* dy, const void* gate_up, void* d_gate_up, int64_t rows, int64_t width);
 
-// Both throw std::out_of_range for an id outside [0, vocab) before they touch memory.
+// Throws std::out_of_range for an id outside [0, vocab).
 void check_token_ids(const int32_t* tokens, int64_t count, int64_t vocab);
+
+// The weight [vocab, width] holds rows [first_row, first_row + vocab) of a bigger table, and an id outside of them reads
+// as a row of zeros; or, with kWholeTable, every row, and an id outside throws as above before memory is touched.
+constexpr int64_t kWholeTable = -1;
 void embedding(int dtype, const int32_t* tokens, const void* weight, bool packed, void* out, int64_t rows,
-               int64_t vocab, int64_t width);
-// Adds to weight_grad [vocab, width]; the ids are those the forward checked.
+               int64_t vocab, int64_t width, int64_t first_row);
+// Adds to weight_grad [vocab, width]; skips ids outside of its rows.
 void embedding_backward(int dtype, const int32_t* tokens, const void* dy, float* weight_grad, int64_t rows,
-                        int64_t width);
+                        int64_t vocab, int64_t width, int64_t first_row);
 
 // ---- token_logprob, sample_token ----
 
