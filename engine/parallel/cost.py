@@ -1,0 +1,206 @@
+"""How long a training step should take: FLOPs over the machine's figures, and what of the traffic nothing hides.
+
+An estimate for comparing meshes, not a measurement: matmuls and attention are counted, everything else is in the
+machine's achieved fraction; latencies, the optimizer's own arithmetic and uneven samples are left out.
+
+# T tokens of a micro-batch, N x K a matmul's matrix; V, H, K and I are a rank's (see footprint.py)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig, ModelConfig
+from engine.parallel import traffic
+from engine.parallel.footprint import chunks, held_weights, micro_batch_rows, widths
+from engine.parallel.machine import Machine
+from engine.parallel.mesh import Mesh
+from engine.parallel.schedule import Costs, bubble_fraction, schedule, simulate
+from engine.parallel.shards import Placement
+
+SIMULATED = 4  # micro-batches per stage that are simulated; from there on each adds the same
+
+
+def keys_per_query(sequence_tokens: int, window: int | None) -> float:
+    """Keys that a token of a causal sequence of s sees, on average: (s + 1) / 2; with a window w < s
+    w - w (w - 1) / (2 s)."""
+    if window is None or window >= sequence_tokens:
+        return (sequence_tokens + 1) / 2
+    return window - window * (window - 1) / (2 * sequence_tokens)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one micro-batch in all chunks of a rank."""
+
+    forward: float
+    input_grad: float
+    weight_grad: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input_grad + self.weight_grad
+
+
+def micro_batch_flops(
+    model: ModelConfig, config: EngineConfig, placement: Placement, sequence_tokens: int
+) -> Flops:
+    """Forward 2 N K T for each matrix that a matmul reads and 4 H Dh T keys for attention; gradients of inputs
+    2 N K T and 10 H Dh T keys (scores again, then four products); of weights 2 N K T. The head's logits are computed a
+    second time in its backward, and with activation checkpointing so is every layer's forward."""
+    w = widths(model, placement.mesh)
+    tokens, _ = micro_batch_rows(config, placement)
+    held = held_weights(model, placement)
+    last = placement.mesh.pp.index == placement.mesh.pp.size - 1
+    head = 2.0 * w.V * w.D * tokens if last else 0.0
+    layers = 2.0 * tokens * sum(
+        weight.num_elements for weight in held if weight.packed and weight.name not in ("embedding", "head")
+    )  # fmt: skip
+    num_layers = sum(len(part) for part in chunks(model, placement))
+    pairs = tokens * keys_per_query(sequence_tokens, model.sliding_window) * num_layers
+    attention = 4.0 * w.H * w.Dh * pairs
+    again = layers + attention if config.activation_checkpointing else 0.0
+    return Flops(
+        forward=layers + attention + head,
+        input_grad=layers + 2.5 * attention + 2 * head + again,
+        weight_grad=layers + head,
+    )
+
+
+def model_flops(model: ModelConfig, sequence_tokens: int) -> float:
+    """FLOPs that a token needs, whoever computes them and nothing twice: 6 per parameter that a matmul reads and
+    12 H Dh keys per layer. What a step achieves of the machine's peak (MFU, arXiv 2204.02311) is counted in these."""
+    whole = Placement(Mesh.single())
+    held, w = held_weights(model, whole), widths(model, Mesh.single())
+    matrices = sum(weight.num_elements for weight in held if weight.packed)
+    keys = keys_per_query(sequence_tokens, model.sliding_window)
+    return 6.0 * matrices + 12.0 * w.H * w.Dh * keys * model.num_hidden_layers
+
+
+def send_seconds(num_bytes: float, ranks: tuple[int, ...], index: int, machine: Machine) -> float:
+    """Seconds for `num_bytes` in equal parts to all other `ranks`, those of one's own node and those of others at the
+    same time, each at the machine's bandwidth: the longer of the two."""
+    if not num_bytes:
+        return 0.0
+    node = ranks[index] // machine.ranks_per_node
+    near = sum(rank // machine.ranks_per_node == node for rank in ranks) - 1
+    far = len(ranks) - 1 - near
+    each = num_bytes / (len(ranks) - 1)
+    return each * max(
+        near / (machine.intra_gbps * 1e9) if near else 0.0, far / (machine.inter_gbps * 1e9) if far else 0.0
+    )
+
+
+def missing_figures(machine: Machine, mesh: Mesh) -> list[str]:
+    """The figures that a time for this mesh needs and the machine does not have."""
+    nodes = {rank // machine.ranks_per_node for rank in mesh.world.ranks}
+    wanted = ["peak_tflops"]
+    if mesh.world.size > len(nodes):
+        wanted.append("intra_gbps")
+    if len(nodes) > 1:
+        wanted.append("inter_gbps")
+    return [figure for figure in wanted if not getattr(machine, figure)]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one micro-batch on a rank of one stage, all its chunks; the exposed communication is in them."""
+
+    forward: float
+    input_grad: float
+    weight_grad: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input_grad + self.weight_grad
+
+
+def stage_time(
+    model: ModelConfig, config: EngineConfig, placement: Placement, machine: Machine, sequence_tokens: int
+) -> StageTime:
+    """Compute is FLOPs / (peak x achieved fraction). Tensor-parallel traffic of the forward stands in the way of the
+    next matmul and is exposed, so is that of row-parallel backwards; that of column-parallel backwards only where it
+    takes longer than the weight gradients that are computed meanwhile. Keys and values are exposed both ways."""
+    mesh, flops = placement.mesh, micro_batch_flops(model, config, placement, sequence_tokens)
+    num_layers = sum(len(part) for part in chunks(model, placement))
+    n = traffic.sizes(model, config, placement)
+
+    def tensor(num_bytes: float) -> float:
+        return send_seconds(num_bytes, mesh.tp.ranks, mesh.tp.index, machine)
+
+    keys = num_layers * traffic.context_bytes(model, config, placement)
+    context = send_seconds(keys, mesh.cp.ranks, mesh.cp.index, machine)
+    layers = tensor(num_layers * traffic.layer_forward_bytes(n)) + context
+    weight_grad = flops.weight_grad / machine.flops
+    hidden = max(0.0, tensor(num_layers * traffic.layer_column_backward_bytes(n)) - weight_grad)
+    forward = layers + tensor(traffic.ends_forward_bytes(model, config, placement))
+    backward = tensor(num_layers * traffic.layer_row_backward_bytes(n)) + hidden + context
+    backward += tensor(traffic.ends_backward_bytes(model, config, placement))
+    backward += layers if config.activation_checkpointing else 0.0
+    return StageTime(
+        forward=flops.forward / machine.flops + forward,
+        input_grad=flops.input_grad / machine.flops + backward,
+        weight_grad=weight_grad,
+        exposed=forward + backward,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one training step and where they go."""
+
+    compute: float  # of the slowest stage's rank, without anything in the way
+    exposed: float  # tensor- and context-parallel traffic that the slowest stage waits for
+    bubble: float  # the pipeline's idle time
+    gradients: float  # what the last backward does not hide of the gradients' way to their owners
+    weights: float  # updated weights on their way back
+    bubble_fraction: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed + self.bubble + self.gradients + self.weights
+
+
+def step_time(
+    model: ModelConfig,
+    config: EngineConfig,
+    placements: list[Placement],
+    machine: Machine,
+    sequence_tokens: int,
+    micro_batches: int,
+) -> StepTime:
+    """One step of M micro-batches; `placements` is one rank of each stage.
+
+    The pipeline's schedule is simulated with the slowest stage's times for all, M up to 4 per stage, each more adding
+    the time of one. Gradients travel while the last micro-batch's backward runs; what takes longer is exposed.
+    """
+    parallel = config.parallel
+    times = [stage_time(model, config, placement, machine, sequence_tokens) for placement in placements]
+    slowest = max(times, key=lambda time: time.total)
+    near = placements[0].mesh.pp
+    hop = 0.0
+    if near.size > 1:
+        pair = max((near.ranks[i : i + 2] for i in range(near.size - 1)), key=lambda pair: pair[1] // machine.ranks_per_node - pair[0] // machine.ranks_per_node)  # fmt: skip  # noqa: E501
+        hop = send_seconds(traffic.stage_tensor_bytes(model, config, placements[0]), pair, 0, machine)
+    costs = Costs(slowest.forward, slowest.input_grad, slowest.weight_grad, hop)
+    simulated = min(micro_batches, SIMULATED * parallel.pp)
+    plan = schedule(parallel.schedule, parallel.pp, simulated, parallel.chunks_per_stage)
+    pipeline = simulate(plan, costs).makespan + (micro_batches - simulated) * slowest.total
+    idle = pipeline - micro_batches * slowest.total
+    backward = slowest.input_grad + slowest.weight_grad
+    gradients = weights = 0.0
+    for placement in placements:
+        mesh, held = placement.mesh, held_weights(model, placement)
+        data = (mesh.data.ranks, mesh.data.index, machine)
+        reduce = send_seconds(traffic.gradient_reduce_bytes(held, placement), *data)
+        gradients = max(gradients, reduce - backward)
+        weights = max(weights, send_seconds(traffic.weight_gather_bytes(held, placement, config), *data))
+    return StepTime(
+        compute=micro_batches * (slowest.total - slowest.exposed),
+        exposed=micro_batches * slowest.exposed,
+        bubble=idle,
+        gradients=gradients,
+        weights=weights,
+        bubble_fraction=idle / pipeline,
+    )
