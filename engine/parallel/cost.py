@@ -9,13 +9,14 @@ machine's achieved fraction; latencies, the optimizer's own arithmetic and uneve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from engine.config import EngineConfig, ModelConfig
 from engine.parallel import traffic
 from engine.parallel.footprint import chunks, held_weights, micro_batch_rows, widths
 from engine.parallel.machine import Machine
 from engine.parallel.mesh import Mesh
-from engine.parallel.schedule import Costs, bubble_fraction, schedule, simulate
+from engine.parallel.schedule import Costs, schedule, simulate
 from engine.parallel.shards import Placement
 
 SIMULATED = 4  # micro-batches per stage that are simulated; from there on each adds the same
@@ -178,11 +179,8 @@ def step_time(
     parallel = config.parallel
     times = [stage_time(model, config, placement, machine, sequence_tokens) for placement in placements]
     slowest = max(times, key=lambda time: time.total)
-    near = placements[0].mesh.pp
-    hop = 0.0
-    if near.size > 1:
-        pair = max((near.ranks[i : i + 2] for i in range(near.size - 1)), key=lambda pair: pair[1] // machine.ranks_per_node - pair[0] // machine.ranks_per_node)  # fmt: skip  # noqa: E501
-        hop = send_seconds(traffic.stage_tensor_bytes(model, config, placements[0]), pair, 0, machine)
+    ranks, tensor = placements[0].mesh.pp.ranks, traffic.stage_tensor_bytes(model, config, placements[0])
+    hop = max((send_seconds(tensor, pair, 0, machine) for pair in pairwise(ranks)), default=0.0)
     costs = Costs(slowest.forward, slowest.input_grad, slowest.weight_grad, hop)
     simulated = min(micro_batches, SIMULATED * parallel.pp)
     plan = schedule(parallel.schedule, parallel.pp, simulated, parallel.chunks_per_stage)
