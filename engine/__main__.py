@@ -1,4 +1,4 @@
-"""python -m engine: generate, chat, score and ops from the command line."""
+"""python -m engine: generate, chat, score, plan and ops from the command line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kernels.table import rows as op_rows
+from engine.planner import command as planner
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
 
@@ -78,6 +79,11 @@ def score(args: argparse.Namespace) -> None:
     console.print(table)
 
 
+def plan(args: argparse.Namespace) -> None:
+    """What a mesh of ranks will hold, send and take, for any model's config.json: nothing is started or loaded."""
+    planner.run(args, console)
+
+
 def ops(_: argparse.Namespace) -> None:
     """Which backend runs each op here, and why not the others."""
     table = Table("op", "backend", "chosen", "exact", "why not")
@@ -116,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub = with_model(command(score, "score"))
     sub.add_argument("text")
+    planner.add_arguments(command(plan, "plan"))
     command(ops, "ops")
     return top
 

@@ -6,23 +6,22 @@ pipelines are the lists that it executes (`schedule.py`), so a plan and the rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
+import torch
 
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.errors import ConfigError, nearest
-from engine.parallel import footprint
-from engine.parallel.cost import StepTime, missing_figures, model_flops, step_time
-from engine.parallel.footprint import DTYPES
-from engine.parallel.machine import Machine
 from engine.parallel.mesh import AXES, Mesh
-from engine.parallel.schedule import bubble_fraction, peak_activations, schedule
+from engine.parallel.schedule import Costs, peak_activations, schedule
 from engine.parallel.shards import Placement
-from engine.parallel.traffic import Traffic, step_traffic
-
-IN_FLIGHT_LIMIT = 4  # micro-batches per stage after which a schedule's peak does not grow (but gpipe's)
+from engine.planner import footprint
+from engine.planner.cost import StepTime, bubble, counted_micro_batches, missing_figures, model_flops, step_time
+from engine.planner.footprint import DTYPES
+from engine.planner.machine import Machine
+from engine.planner.traffic import Traffic, step_traffic
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,7 @@ class Plan:
     @property
     def kv_tokens(self) -> int | None:
         """The most tokens of a KV pool: what fits on the stage with the least room."""
-        memory = self.machine.memory_bytes
-        if not memory:
-            return None
-        return min(rank.kv_tokens(memory, self.config.page_size) for rank in self.stages)
+        return pool_tokens(self.stages, self.machine, self.config) if self.machine.memory_gb else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -95,6 +91,11 @@ class Plan:
             return None
         peak = self.machine.peak_tflops * 1e12 * self.world_size
         return self.tokens_per_second * model_flops(self.model, self.sequence_tokens) / peak
+
+
+def pool_tokens(stages: list[RankPlan], machine: Machine, config: EngineConfig) -> int:
+    """Tokens of the largest KV pool: every stage keeps its layers' keys and values of each, so the fullest decides."""
+    return min(rank.kv_tokens(machine.memory_bytes, config.page_size) for rank in stages)
 
 
 def parse_mesh(text: str, **more: object) -> ParallelConfig:
@@ -117,6 +118,12 @@ def parse_mesh(text: str, **more: object) -> ParallelConfig:
             )
         sizes[axis] = int(value)
     return msgspec.convert(dict.fromkeys(AXES, 1) | sizes | more, ParallelConfig)
+
+
+def describe(parallel: ParallelConfig) -> str:
+    """The axes with more than one rank: dp 8 x pp 3 x tp 8."""
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
 
 
 def world_size(parallel: ParallelConfig) -> int:
@@ -157,12 +164,23 @@ def plan_rank(model: ModelConfig, config: EngineConfig, placement: Placement, mi
 
 
 def activations_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
-    """(micro-batch, chunk) pairs that a stage's rank keeps activations of at the schedule's peak. Counted on the
-    schedule's own list; past a few micro-batches per stage only gpipe's peak grows, by one for each."""
+    """(micro-batch, chunk) pairs that a stage's rank keeps activations of at the schedule's peak, counted on the
+    schedule's own list. Past a few micro-batches per stage only gpipe's peak grows, by one for each."""
     if parallel.schedule == "gpipe":
         return micro_batches
-    counted = min(micro_batches, IN_FLIGHT_LIMIT * parallel.pp)
-    return peak_activations(schedule(parallel.schedule, parallel.pp, counted, parallel.chunks_per_stage))[stage]
+    return _peaks(parallel, counted_micro_batches(parallel.pp, micro_batches))[stage]
+
+
+@lru_cache
+def _peaks(parallel: ParallelConfig, micro_batches: int) -> list[int]:
+    return peak_activations(schedule(parallel.schedule, parallel.pp, micro_batches, parallel.chunks_per_stage))
+
+
+def plan_stages(model: ModelConfig, config: EngineConfig, micro_batches: int) -> tuple[list[Placement], list[RankPlan]]:
+    """The heaviest rank of each stage: where it stands and what it holds. Raises ConfigError."""
+    ranks = [_heaviest(config.parallel, model, DTYPES[config.dtype], stage) for stage in range(config.parallel.pp)]
+    placements = [placement_of(config.parallel, rank) for rank in ranks]
+    return placements, [plan_rank(model, config, placement, micro_batches) for placement in placements]
 
 
 def make_plan(
@@ -179,96 +197,35 @@ def make_plan(
     micro_batches = micro_batches or parallel.least_micro_batches
     sequence_tokens = sequence_tokens or config.train_batch_tokens
     if min(micro_batches, sequence_tokens) < 1:
-        raise ConfigError(f"{micro_batches} micro-batches and sequences of {sequence_tokens} tokens: both must be above 0")
-    heaviest = [_heaviest(model, config, stage, micro_batches) for stage in range(parallel.pp)]
-    placements = [placement for placement, _ in heaviest]
+        raise ConfigError(f"{micro_batches} micro-batches, sequences of {sequence_tokens} tokens: both must be above 0")
+    placements, stages = plan_stages(model, config, micro_batches)
     missing = missing_figures(machine, placements[0].mesh)
-    counted = schedule(parallel.schedule, parallel.pp, micro_batches, parallel.chunks_per_stage)
     return Plan(
         model=model,
         config=config,
         machine=machine,
         micro_batches=micro_batches,
         sequence_tokens=sequence_tokens,
-        stages=[rank for _, rank in heaviest],
-        bubble_fraction=bubble_fraction(counted),
+        stages=stages,
+        bubble_fraction=bubble(parallel, Costs(), micro_batches),
         traffic=[step_traffic(model, config, placement, micro_batches) for placement in placements],
         missing=missing,
         step=None if missing else step_time(model, config, placements, machine, sequence_tokens, micro_batches),
     )
 
 
-def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, micro_batches: int) -> tuple[Placement, RankPlan]:
-    """The rank of a stage that has most to hold: shards and shares of rows differ by a panel between ranks. First the
+def _heaviest(parallel: ParallelConfig, model: ModelConfig, dtype: torch.dtype, stage: int) -> int:
+    """The rank of a stage that holds most: shards of rows, and shares of the optimizer, differ by a panel. First the
     tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
-    parallel = config.parallel
-
-    def at(rank: int) -> tuple[Placement, RankPlan]:
-        placement = placement_of(parallel, rank)
-        return placement, plan_rank(model, config, placement, micro_batches)
-
     first = stage * parallel.cp * parallel.tp
-    placement, _ = max((at(first + index) for index in range(parallel.tp)), key=lambda found: found[1].total)
-    return max((at(rank) for rank in placement.mesh.data.ranks), key=lambda found: found[1].total)
 
+    def weights(rank: int) -> int:
+        return footprint.weight_bytes(footprint.held_weights(model, placement_of(parallel, rank)), dtype)
 
-def search(
-    model: ModelConfig,
-    config: EngineConfig,
-    machine: Machine,
-    num_ranks: int,
-    step_tokens: int,
-    sequence_tokens: int = 0,
-) -> list[Plan]:
-    """Meshes of `num_ranks` that fit the machine's memory, with and without activation checkpointing, the fastest step
-    of about `step_tokens` first.
+    heavy = placement_of(parallel, max(range(first, first + parallel.tp), key=weights))
+    held, data = footprint.held_weights(model, heavy), heavy.mesh.data
 
-    Tried are all divisions of the ranks into dp, pp, cp and tp with a tp no larger than a node; those where heads,
-    layers or panels do not divide, or where there are fewer micro-batches than stages, are passed over. Raises
-    ConfigError where the machine lacks a figure that ranking needs, and where nothing fits, with what came nearest.
-    """
-    if not machine.memory_gb:
-        raise ConfigError(f'searching needs the memory of a rank, and the machine "{machine.name}" has none; give it')
-    found: list[Plan] = []
-    for parallel in _meshes(config.parallel, num_ranks, machine.ranks_per_node):
-        micro_batches = step_tokens // (parallel.dp * config.train_batch_tokens)
-        if micro_batches < parallel.pp:
-            continue
-        for checkpointing in (False, True):
-            here = msgspec.structs.replace(config, parallel=parallel, activation_checkpointing=checkpointing)
-            try:
-                found.append(make_plan(model, here, machine, micro_batches, sequence_tokens))
-            except ConfigError:
-                break  # this mesh does not divide the model
-    if not found:
-        raise ConfigError(
-            f"no mesh of {num_ranks} ranks divides the model and {step_tokens} tokens a step into micro-batches of "
-            f"{config.train_batch_tokens}; change the number of ranks, or give more tokens a step"
-        )
-    if missing := sorted({figure for plan in found for figure in plan.missing}):
-        raise ConfigError(
-            f'ranking meshes needs {", ".join(missing)}, which the machine "{machine.name}" does not have; give it'
-        )
-    fitting = [plan for plan in found if plan.fits]
-    if not fitting:
-        best = min(found, key=lambda plan: max(rank.total for rank in plan.stages))
-        most = max(best.stages, key=lambda rank: rank.total)
-        raise ConfigError(
-            f"no mesh of {num_ranks} ranks fits {machine.memory_gb:g} GB with a KV pool of {config.kv_tokens} tokens; the "
-            f"smallest ({Mesh.layout(best.config.parallel, num_ranks, 0)}) needs {most.total / 1e9:.1f} GB and "
-            f"{most.kv_token_bytes * config.kv_tokens / 1e9:.1f} GB for the pool: use more ranks, smaller micro-batches, "
-            "or a smaller pool"
-        )
-    return sorted(fitting, key=lambda plan: -(plan.tokens_per_second or 0.0))
+    def share(index: int) -> int:
+        return footprint.share_elements(held, data.size, index)
 
-
-def _meshes(parallel: ParallelConfig, num_ranks: int, ranks_per_node: int) -> Iterator[ParallelConfig]:
-    for tp in _divisors(num_ranks):
-        for cp in _divisors(num_ranks // tp):
-            for pp in _divisors(num_ranks // tp // cp):
-                if tp <= ranks_per_node:
-                    yield msgspec.structs.replace(parallel, dp=num_ranks // tp // cp // pp, pp=pp, cp=cp, tp=tp)
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    return data.ranks[max(range(data.size), key=share)]

@@ -9,17 +9,18 @@ machine's achieved fraction; latencies, the optimizer's own arithmetic and uneve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
-from engine.config import EngineConfig, ModelConfig
-from engine.parallel import traffic
-from engine.parallel.footprint import chunks, held_weights, micro_batch_rows, widths
-from engine.parallel.machine import Machine
+from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.parallel.mesh import Mesh
 from engine.parallel.schedule import Costs, schedule, simulate
 from engine.parallel.shards import Placement
+from engine.planner import traffic
+from engine.planner.footprint import chunks, held_weights, micro_batch_rows, widths
+from engine.planner.machine import Machine
 
-SIMULATED = 4  # micro-batches per stage that are simulated; from there on each adds the same
+SIMULATED = 2  # micro-batches per stage that are simulated, at least: from there on each adds no idle time
 
 
 def keys_per_query(sequence_tokens: int, window: int | None) -> float:
@@ -43,9 +44,7 @@ class Flops:
         return self.forward + self.input_grad + self.weight_grad
 
 
-def micro_batch_flops(
-    model: ModelConfig, config: EngineConfig, placement: Placement, sequence_tokens: int
-) -> Flops:
+def micro_batch_flops(model: ModelConfig, config: EngineConfig, placement: Placement, sequence_tokens: int) -> Flops:
     """Forward 2 N K T for each matrix that a matmul reads and 4 H Dh T keys for attention; gradients of inputs
     2 N K T and 10 H Dh T keys (scores again, then four products); of weights 2 N K T. The head's logits are computed a
     second time in its backward, and with activation checkpointing so is every layer's forward."""
@@ -147,6 +146,26 @@ def stage_time(
     )
 
 
+def counted_micro_batches(num_stages: int, micro_batches: int) -> int:
+    """As many micro-batches as tell all about a schedule of M: M, or 2 P to 3 P - 1 with the same remainder by P."""
+    return min(micro_batches, SIMULATED * num_stages + micro_batches % num_stages)
+
+
+@lru_cache
+def idle_time(parallel: ParallelConfig, costs: Costs, micro_batches: int) -> float:
+    """How much longer the pipeline takes than M micro-batches on one of its ranks: the schedule's list is simulated for
+    `counted_micro_batches`."""
+    counted = counted_micro_batches(parallel.pp, micro_batches)
+    plan = schedule(parallel.schedule, parallel.pp, counted, parallel.chunks_per_stage)
+    return simulate(plan, costs).makespan - counted * (costs.forward + costs.input_grad + costs.weight_grad)
+
+
+def bubble(parallel: ParallelConfig, costs: Costs, micro_batches: int) -> float:
+    """The share of the pipeline's time that its ranks are idle: idle / (idle + M x the time of one)."""
+    idle = idle_time(parallel, costs, micro_batches)
+    return idle / (idle + micro_batches * (costs.forward + costs.input_grad + costs.weight_grad))
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one training step and where they go."""
@@ -173,19 +192,14 @@ def step_time(
 ) -> StepTime:
     """One step of M micro-batches; `placements` is one rank of each stage.
 
-    The pipeline's schedule is simulated with the slowest stage's times for all, M up to 4 per stage, each more adding
-    the time of one. Gradients travel while the last micro-batch's backward runs; what takes longer is exposed.
+    The pipeline's schedule is simulated with the slowest stage's times for all. Gradients travel while the last
+    micro-batch's backward runs; what takes longer is exposed.
     """
-    parallel = config.parallel
     times = [stage_time(model, config, placement, machine, sequence_tokens) for placement in placements]
     slowest = max(times, key=lambda time: time.total)
     ranks, tensor = placements[0].mesh.pp.ranks, traffic.stage_tensor_bytes(model, config, placements[0])
     hop = max((send_seconds(tensor, pair, 0, machine) for pair in pairwise(ranks)), default=0.0)
     costs = Costs(slowest.forward, slowest.input_grad, slowest.weight_grad, hop)
-    simulated = min(micro_batches, SIMULATED * parallel.pp)
-    plan = schedule(parallel.schedule, parallel.pp, simulated, parallel.chunks_per_stage)
-    pipeline = simulate(plan, costs).makespan + (micro_batches - simulated) * slowest.total
-    idle = pipeline - micro_batches * slowest.total
     backward = slowest.input_grad + slowest.weight_grad
     gradients = weights = 0.0
     for placement in placements:
@@ -197,8 +211,8 @@ def step_time(
     return StepTime(
         compute=micro_batches * (slowest.total - slowest.exposed),
         exposed=micro_batches * slowest.exposed,
-        bubble=idle,
+        bubble=idle_time(config.parallel, costs, micro_batches),
         gradients=gradients,
         weights=weights,
-        bubble_fraction=idle / pipeline,
+        bubble_fraction=bubble(config.parallel, costs, micro_batches),
     )

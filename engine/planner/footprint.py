@@ -43,11 +43,11 @@ class Held:
 class Widths:
     """A rank's share of the sizes of a layer and of a micro-batch."""
 
-    D: int  # noqa: N815 (the legend's names)
+    D: int
     H: int
     K: int
     Dh: int
-    I: int  # noqa: E741
+    I: int  # noqa: E741 (the legend's name)
     V: int
     qkv: int  # (H + 2 K) Dh
 
@@ -103,21 +103,21 @@ def gradient_bytes(held: list[Held]) -> int:
     return sum(FP32 * weight.num_elements for weight in held)
 
 
-def share_elements(held: list[Held], mesh: Mesh) -> int:
-    """Elements of this rank's share of the optimizer (ZeRO-1, arXiv 1910.02054): each weight's rows are dealt over the
+def share_elements(held: list[Held], num_shares: int, index: int) -> int:
+    """Elements of one rank's share of the optimizer (ZeRO-1, arXiv 1910.02054): each weight's rows are dealt over the
     dp x cp ranks that hold it, in panels of 16."""
-    rows = (row_share(weight.shape[0], mesh.data.size, mesh.data.index).size for weight in held)
+    rows = (row_share(weight.shape[0], num_shares, index).size for weight in held)
     return sum(n * math.prod(weight.shape[1:]) * weight.count for n, weight in zip(rows, held, strict=True))
 
 
 def gradient_sum_bytes(held: list[Held], mesh: Mesh) -> int:
     """The sum of all lanes, sharded: 4 bytes x `share_elements`; the lane's own buffer where nothing is sharded."""
-    return FP32 * share_elements(held, mesh) if mesh.data.size > 1 else 0
+    return FP32 * share_elements(held, mesh.data.size, mesh.data.index) if mesh.data.size > 1 else 0
 
 
 def optimizer_bytes(held: list[Held], mesh: Mesh) -> int:
     """fp32 master weights and two moments: 12 bytes x `share_elements`."""
-    return 3 * FP32 * share_elements(held, mesh)
+    return 3 * FP32 * share_elements(held, mesh.data.size, mesh.data.index)
 
 
 def layer_activation_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
@@ -164,18 +164,23 @@ def chunk_activation_bytes(model: ModelConfig, config: EngineConfig, placement: 
 
 def activation_bytes(model: ModelConfig, config: EngineConfig, placement: Placement, in_flight: int) -> int:
     """Activations at the schedule's peak: `in_flight` (micro-batch, chunk) pairs x the largest chunk's; with
-    checkpointing one layer's more, the one being computed again."""
-    each = max(
-        chunk_activation_bytes(model, config, placement, chunk) for chunk in range(len(chunks(model, placement)))
-    )
+    checkpointing one layer's more, the one being computed again. "zero_bubble" puts the weight gradients of stage r off
+    by r micro-batches and keeps what they need, e T x (qkv + 2 D + 2 I) of output gradients per layer."""
+    layers = chunks(model, placement)
+    each = max(chunk_activation_bytes(model, config, placement, chunk) for chunk in range(len(layers)))
     again = layer_activation_bytes(model, config, placement) if config.activation_checkpointing else 0
-    return in_flight * each + again
+    waiting = 0
+    if config.parallel.schedule == "zero_bubble":
+        w, tokens = widths(model, placement.mesh), micro_batch_rows(config, placement)[0]
+        gradients = DTYPES[config.dtype].itemsize * tokens * (w.qkv + 2 * w.D + 2 * w.I)
+        waiting = min(placement.mesh.pp.index, in_flight) * len(layers[0]) * gradients
+    return in_flight * each + again + waiting
 
 
 def working_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
-    """What a backward needs beside what was kept, an estimate of its widest moment: e T x 3 I, the gradients of SwiGLU's
-    input and output, and e T x 3 D of the residual stream's; with tensor parallelism 2 x 4 T D, partial sums on their
-    way out and in."""
+    """What a backward needs beside what was kept, an estimate of its widest moment: e T x 3 I, the gradients of
+    SwiGLU's input and output, and e T x 3 D of the residual stream's; with tensor parallelism 2 x 4 T D, partial sums
+    on their way out and in."""
     w, e = widths(model, placement.mesh), DTYPES[config.dtype].itemsize
     tokens, _ = micro_batch_rows(config, placement)
     sums = 2 * FP32 * tokens * w.D if placement.mesh.tp.size > 1 else 0

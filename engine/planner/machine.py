@@ -72,7 +72,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 _DATA_SHEET = {"peak_tflops": "vendor", "memory_gb": "vendor", "intra_gbps": "vendor"}
 _NODE = {"inter_gbps": "assumed", "ranks_per_node": "assumed", "achieved_fraction": "assumed"}
 
-# NVLink's figure of the data sheet counts both directions; half of it is here. Between nodes: one 400 Gb/s adapter a GPU.
+# A data sheet's NVLink figure counts both directions; half of it is here. Between nodes: one 400 Gb/s adapter a GPU.
 MACHINES = {
     "h200": Machine(
         name="h200",

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.architectures import architecture_of
 from engine.config import EngineConfig, ModelConfig
 from engine.parallel.collectives import ONE_SHOT_BYTES
-from engine.parallel.footprint import (
+from engine.parallel.shards import Placement, head_shard
+from engine.planner.footprint import (
     DTYPES,
     FP32,
     Held,
@@ -24,9 +26,8 @@ from engine.parallel.footprint import (
     weight_bytes,
     widths,
 )
-from engine.parallel.shards import Placement
 
-LOGPROB_STATISTICS = 4  # fp32 numbers a row and rank for one target: `shard_statistics`
+STATISTICS_BYTES = 4 * 8  # float64 numbers of a row with one target: `shard_statistics`
 
 
 def gather_bytes(block: int, num_ranks: int) -> int:
@@ -40,7 +41,7 @@ def scatter_bytes(whole: int, num_ranks: int) -> int:
 
 
 def reduce_bytes(elements: int, itemsize: int, num_ranks: int) -> int:
-    """all_reduce: up to 64 KiB an all_gather; above, a reduce_scatter in the tensor's type and an all_gather of fp32."""
+    """all_reduce: up to 64 KiB an all_gather; above it a reduce_scatter in the tensor's type, an all_gather in fp32."""
     if num_ranks == 1:
         return 0
     if elements * itemsize <= ONE_SHOT_BYTES:
@@ -94,13 +95,13 @@ def layer_row_backward_bytes(n: Sizes) -> int:
 
 
 def ends_forward_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
-    """The embedding's sum on the first stage; on the last all rows of the hidden states, and of the log-probability
-    16 T bytes of statistics to each rank."""
+    """The embedding's sum on the first stage; on the last all rows of the hidden states, and 32 T bytes of the
+    softmax's statistics to each rank."""
     n, mesh = sizes(model, config, placement), placement.mesh
     first = sum_bytes(n, n.e) if mesh.pp.index == 0 else 0
     if mesh.pp.index < mesh.pp.size - 1:
         return first
-    statistics = LOGPROB_STATISTICS * FP32 * micro_batch_rows(config, placement)[0]
+    statistics = STATISTICS_BYTES * micro_batch_rows(config, placement)[0]
     return first + gather_rows_bytes(n) + gather_bytes(statistics, n.ranks)
 
 
@@ -134,10 +135,27 @@ def context_bytes(model: ModelConfig, config: EngineConfig, placement: Placement
     return gather_bytes(DTYPES[config.dtype].itemsize * tokens * 2 * w.K * w.Dh, mesh.cp.size)
 
 
+def shared_gradient_bytes(model: ModelConfig, placement: Placement) -> int:
+    """Gradients of rows that several tensor-parallel ranks hold, each with its part, to all of them: 4 bytes (p - 1) x
+    the elements of replicated keys and values, of q/k norms, and under sequence parallelism of every norm and of the
+    biases behind a row-parallel matmul."""
+    mesh, w = placement.mesh, widths(model, placement.mesh)
+    row, num_layers = architecture_of(model), sum(len(layers) for layers in chunks(model, placement))
+    elements = 0
+    if head_shard(model, mesh.tp.size, mesh.tp.index).replicas > 1:
+        elements += num_layers * 2 * w.K * w.Dh * (w.D + row.has_qkv_bias(model))
+    if row.qk_norm:
+        elements += num_layers * 2 * w.Dh
+    if placement.sequence_parallel:
+        vectors = 2 + row.has_out_bias(model) + row.has_mlp_bias(model)
+        elements += (num_layers * vectors + (mesh.pp.index == mesh.pp.size - 1)) * w.D
+    return gather_bytes(FP32 * elements, mesh.tp.size)
+
+
 def gradient_reduce_bytes(held: list[Held], placement: Placement) -> int:
     """Gradients to the ranks whose share of the optimizer they are: 4 bytes x (elements - this rank's share)."""
     mesh = placement.mesh
-    return FP32 * (sum(weight.num_elements for weight in held) - share_elements(held, mesh))
+    return FP32 * (sum(weight.num_elements for weight in held) - share_elements(held, mesh.data.size, mesh.data.index))
 
 
 def weight_gather_bytes(held: list[Held], placement: Placement, config: EngineConfig) -> int:
@@ -169,6 +187,7 @@ def step_traffic(model: ModelConfig, config: EngineConfig, placement: Placement,
     found = [
         Traffic("forward: rows and partial sums", "tp", micro_batches * forward),
         Traffic("backward: rows and partial sums", "tp", micro_batches * backward),
+        Traffic("gradients of shared rows", "tp", shared_gradient_bytes(model, placement)),
         Traffic("keys and values", "cp", micro_batches * forwards * keys),
         Traffic("gradients of keys and values", "cp", micro_batches * keys),
         Traffic("streams and their gradients", "pp", pipeline_bytes(model, config, placement, micro_batches)),
