@@ -200,13 +200,13 @@ def logits_bytes(model: ModelConfig, config: EngineConfig, placement: Placement)
 
 def sampling_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
     """The recorded forward of a sampling step of B = max_batch_tokens rows, an estimate of its widest moment:
-    e B x (4 D + qkv + H Dh + 3 I), with tensor parallelism 4 B D for a partial sum; on the last stage 64 MiB of logits
+    e B x (6 D + qkv + H Dh + 3 I), with tensor parallelism 4 B D for a partial sum; on the last stage 64 MiB of logits
     at most."""
     w, e, mesh = widths(model, placement.mesh), DTYPES[config.dtype].itemsize, placement.mesh
     rows = config.max_batch_tokens
     sums = FP32 * rows * w.D if mesh.tp.size > 1 else 0
     last = SAMPLING_LOGITS_BYTES if mesh.pp.index == mesh.pp.size - 1 else 0
-    return e * rows * (4 * w.D + w.qkv + w.H * w.Dh + 3 * w.I) + sums + last
+    return e * rows * (6 * w.D + w.qkv + w.H * w.Dh + 3 * w.I) + sums + last
 
 
 def rotary_bytes(model: ModelConfig) -> int:

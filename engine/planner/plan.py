@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-import msgspec
 import torch
 
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
@@ -98,7 +98,7 @@ def pool_tokens(stages: list[RankPlan], machine: Machine, config: EngineConfig) 
     return min(rank.kv_tokens(machine.memory_bytes, config.page_size) for rank in stages)
 
 
-def parse_mesh(text: str, **more: object) -> ParallelConfig:
+def parse_mesh(text: str, **more: Any) -> ParallelConfig:
     """`tp=8,pp=3,dp=8` (any of dp, pp, cp, tp; 1 where left out) as a ParallelConfig with the keys `more`.
 
     Raises ConfigError for an unknown axis, with the nearest known one, and for what is no number of ranks.
@@ -117,7 +117,7 @@ def parse_mesh(text: str, **more: object) -> ParallelConfig:
                 "number of ranks from 1 on"
             )
         sizes[axis] = int(value)
-    return msgspec.convert(dict.fromkeys(AXES, 1) | sizes | more, ParallelConfig)
+    return ParallelConfig(**{**dict.fromkeys(AXES, 1), **sizes, **more})
 
 
 def describe(parallel: ParallelConfig) -> str:

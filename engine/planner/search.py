@@ -11,6 +11,8 @@ from engine.errors import ConfigError
 from engine.planner.machine import Machine
 from engine.planner.plan import Plan, RankPlan, describe, make_plan, plan_stages, pool_tokens
 
+LEAST_HALF = 16  # tokens of a sequence in each of the two pieces that a context-parallel rank gets, at least
+
 
 def search(
     model: ModelConfig,
@@ -24,14 +26,18 @@ def search(
     of about `step_tokens` first.
 
     Tried are all divisions of the ranks into dp, pp, cp and tp with a tp no larger than a node; those where heads,
-    layers or panels do not divide, or where there are fewer micro-batches than stages, are passed over. Raises
-    ConfigError where the machine lacks a figure that ranking needs, and where nothing fits, with what came nearest.
+    layers or panels do not divide, with fewer micro-batches than stages, or with sequences too short for cp, are passed
+    over. Raises ConfigError where the machine lacks a figure that ranking needs, and where nothing fits, with what came
+    nearest.
     """
     if not machine.memory_gb:
         raise ConfigError(f'searching needs the memory of a rank, and the machine "{machine.name}" has none; give it')
     fitting: list[Plan] = []
     smallest: tuple[int, ParallelConfig, RankPlan] | None = None
+    most_halves = (sequence_tokens or config.train_batch_tokens) // LEAST_HALF
     for parallel in _meshes(config.parallel, num_ranks, machine.ranks_per_node):
+        if 2 * parallel.cp > max(2, most_halves):
+            continue
         micro_batches = step_tokens // (parallel.dp * config.train_batch_tokens)
         if micro_batches < parallel.pp:
             continue
