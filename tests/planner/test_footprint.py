@@ -1,4 +1,4 @@
-"""The planner's bytes are those of real allocations: whole models, every rank of small meshes, and 405B without memory."""
+"""The planner's bytes are those of real allocations: whole models, all ranks of small meshes, 405B without memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from engine.kernels.op import cpu_missing
 from engine.model import Transformer
 from engine.optim import AdamW
 from engine.parallel.mesh import Mesh
+from engine.parallel.shards import Placement
 from engine.planner import footprint
 from engine.planner.machine import Machine
 from engine.planner.plan import make_plan, placement_of, world_size
@@ -79,7 +80,7 @@ MESHES = [
 def test_bytes_of_every_rank_of_a_mesh_equal_a_real_allocation(
     architecture: str, parallel: ParallelConfig, dtype: str
 ) -> None:
-    """Vocabulary and feed-forward shards of unequal size, replicated key heads, leftover layers, a tied head far away."""
+    """Vocabulary and feed-forward shards of unequal size, replicated key heads, leftover layers, a tied head apart."""
     config = tiny_config(architecture, num_hidden_layers=5, tie_word_embeddings=architecture == "Qwen2ForCausalLM")
     engine_config = EngineConfig(dtype=dtype, parallel=parallel)
     for rank in range(world_size(parallel)):
@@ -177,8 +178,6 @@ def test_a_rank_of_192_makes_the_mesh_and_the_model_that_were_planned(rank: int)
     """Through torch.distributed's own groups, of a process group without a network."""
     stage = make_plan(LLAMA_405B, EngineConfig(parallel=TP8_PP3_DP8), Machine()).stages[rank // 8 % 3]
     with fake_rank(TP8_PP3_DP8, rank) as mesh, torch.device("meta"):
-        from engine.parallel.shards import Placement
-
         model = Transformer(LLAMA_405B, torch.bfloat16, Placement(mesh, 1, True))
         weights, gradients = allocated(model)
     assert (mesh.dp.index, mesh.pp.index, mesh.tp.index) == (rank // 24, rank // 8 % 3, rank % 8)

@@ -18,7 +18,7 @@ def test_every_figure_of_a_named_machine_says_where_it_is_from(name: str) -> Non
 
 
 def test_unknown_machine_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match='"h20".*did you mean "h200".*FILE.toml'):
+    with pytest.raises(ConfigError, match=r'"h20".*did you mean "h200".*FILE\.toml'):
         load_machine("h20")
 
 

@@ -28,7 +28,8 @@ def test_all_divisions_that_the_model_allows_are_tried() -> None:
     found = {(p.config.parallel.dp, p.config.parallel.pp, p.config.parallel.cp, p.config.parallel.tp) for p in plans}
     axes = (1, 2, 4, 8)
     possible = {(dp, pp, cp, tp) for dp in axes for pp in axes for cp in axes for tp in axes if dp * pp * cp * tp == 8}
-    assert found == {mesh for mesh in possible if mesh[1] <= 4 and mesh[3] <= 4}  # 4 layers; 4 heads, 4 ranks a node
+    allowed = {mesh for mesh in possible if mesh[1] <= 4 and mesh[2] <= 4 and mesh[3] <= 4}
+    assert found == allowed  # 4 layers; 128 tokens in pieces of 16, two a rank; 4 heads and 4 ranks a node
 
 
 def test_memory_decides_what_is_left() -> None:
