@@ -64,7 +64,7 @@ def head_shard(config: ModelConfig, num_shards: int, index: int) -> HeadShard:
 
 
 def row_share(rows: int, num_shares: int, index: int) -> Span:
-    """A share of rows, in whole panels as far as possible; the last may be smaller, and with few rows some are empty."""
+    """A share of rows, in whole panels as far as possible: the last may be smaller, and of few rows some are empty."""
     panels = -(-rows // PANEL)
     low, high = (min(rows, panels * i // num_shares * PANEL) for i in (index, index + 1))
     return Span(low, high - low)

@@ -20,7 +20,7 @@ from engine.kernels.weight import storage_shape
 from engine.parallel.mesh import Mesh
 from engine.parallel.shards import Placement, head_shard, layer_chunks, row_shard, row_share
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float64 is for tests of the engine, not for plans
 FP32 = 4  # bytes
 SAMPLING_LOGITS_BYTES = 64 << 20
 
@@ -165,15 +165,16 @@ def chunk_activation_bytes(model: ModelConfig, config: EngineConfig, placement: 
 def activation_bytes(model: ModelConfig, config: EngineConfig, placement: Placement, in_flight: int) -> int:
     """Activations at the schedule's peak: `in_flight` (micro-batch, chunk) pairs x the largest chunk's; with
     checkpointing one layer's more, the one being computed again. "zero_bubble" puts the weight gradients of stage r off
-    by r micro-batches and keeps what they need, e T x (qkv + 2 D + 2 I) of output gradients per layer."""
+    by r micro-batches and keeps what they read beside the activations: per layer e T x (qkv + 2 D + 2 I) of output
+    gradients, and the inputs of two column-parallel matmuls with all their rows, e (T - S) x 2 D more."""
     layers = chunks(model, placement)
     each = max(chunk_activation_bytes(model, config, placement, chunk) for chunk in range(len(layers)))
     again = layer_activation_bytes(model, config, placement) if config.activation_checkpointing else 0
     waiting = 0
     if config.parallel.schedule == "zero_bubble":
-        w, tokens = widths(model, placement.mesh), micro_batch_rows(config, placement)[0]
-        gradients = DTYPES[config.dtype].itemsize * tokens * (w.qkv + 2 * w.D + 2 * w.I)
-        waiting = min(placement.mesh.pp.index, in_flight) * len(layers[0]) * gradients
+        w, (tokens, rows) = widths(model, placement.mesh), micro_batch_rows(config, placement)
+        elements = tokens * (w.qkv + 2 * w.D + 2 * w.I) + (tokens - rows) * 2 * w.D
+        waiting = min(placement.mesh.pp.index, in_flight) * len(layers[0]) * elements * DTYPES[config.dtype].itemsize
     return in_flight * each + again + waiting
 
 

@@ -178,6 +178,8 @@ def _peaks(parallel: ParallelConfig, micro_batches: int) -> list[int]:
 
 def plan_stages(model: ModelConfig, config: EngineConfig, micro_batches: int) -> tuple[list[Placement], list[RankPlan]]:
     """The heaviest rank of each stage: where it stands and what it holds. Raises ConfigError."""
+    if config.dtype not in DTYPES:
+        raise ConfigError(f'plans are made for {" and ".join(DTYPES)}; EngineConfig.dtype is "{config.dtype}"')
     ranks = [_heaviest(config.parallel, model, DTYPES[config.dtype], stage) for stage in range(config.parallel.pp)]
     placements = [placement_of(config.parallel, rank) for rank in ranks]
     return placements, [plan_rank(model, config, placement, micro_batches) for placement in placements]

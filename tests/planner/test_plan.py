@@ -39,6 +39,11 @@ def test_mesh_that_does_not_divide_the_model_is_refused(mesh: str, overrides: di
         make_plan(tiny_config(**overrides), EngineConfig(parallel=parse_mesh(mesh)), Machine())
 
 
+def test_dtype_of_tests_has_no_plan() -> None:
+    with pytest.raises(ConfigError, match=r'float32 and bfloat16; EngineConfig\.dtype is "float64"'):
+        make_plan(tiny_config(), EngineConfig(dtype="float64", parallel=parse_mesh("")), Machine())
+
+
 def test_open_number_of_replicas_is_refused() -> None:
     with pytest.raises(ConfigError, match="give dp"):
         make_plan(tiny_config(), EngineConfig(), Machine())
