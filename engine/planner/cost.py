@@ -3,7 +3,7 @@
 An estimate for comparing meshes, not a measurement: matmuls and attention are counted, everything else is in the
 machine's achieved fraction; latencies, the optimizer's own arithmetic and uneven samples are left out.
 
-# T tokens of a micro-batch, N x K a matmul's matrix; V, H, K and I are a rank's (see footprint.py)
+# T tokens of a micro-batch on a rank, N x K a matmul's matrix, H query heads of a rank, Dh head width
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.schedule import Costs, schedule, simulate
 from engine.parallel.shards import Placement
 from engine.planner import traffic
-from engine.planner.footprint import chunks, held_weights, micro_batch_rows, widths
+from engine.planner.footprint import held_weights
 from engine.planner.machine import Machine
+from engine.planner.share import Share
 
 SIMULATED = 2  # micro-batches per stage that are simulated, at least: from there on each adds no idle time
 
@@ -44,22 +45,16 @@ class Flops:
         return self.forward + self.input_grad + self.weight_grad
 
 
-def micro_batch_flops(model: ModelConfig, config: EngineConfig, placement: Placement, sequence_tokens: int) -> Flops:
+def micro_batch_flops(share: Share) -> Flops:
     """Forward 2 N K T for each matrix that a matmul reads and 4 H Dh T keys for attention; gradients of inputs
     2 N K T and 10 H Dh T keys (scores again, then four products); of weights 2 N K T. The head's logits are computed a
     second time in its backward, and with activation checkpointing so is every layer's forward."""
-    w = widths(model, placement.mesh)
-    tokens, _ = micro_batch_rows(config, placement)
-    held = held_weights(model, placement)
-    last = placement.mesh.pp.index == placement.mesh.pp.size - 1
-    head = 2.0 * w.V * w.D * tokens if last else 0.0
-    layers = 2.0 * tokens * sum(
-        weight.num_elements for weight in held if weight.packed and weight.name not in ("embedding", "head")
-    )  # fmt: skip
-    num_layers = sum(len(part) for part in chunks(model, placement))
-    pairs = tokens * keys_per_query(sequence_tokens, model.sliding_window) * num_layers
-    attention = 4.0 * w.H * w.Dh * pairs
-    again = layers + attention if config.activation_checkpointing else 0.0
+    head = 2.0 * share.V * share.D * share.T if share.is_last else 0.0
+    matrices = (w for w in held_weights(share) if w.packed and w.name not in ("embedding", "head"))
+    layers = 2.0 * share.T * sum(matrix.num_elements for matrix in matrices)
+    keys = keys_per_query(share.sequence_tokens, share.model.sliding_window)
+    attention = 4.0 * share.H * share.Dh * share.T * keys * share.num_layers
+    again = layers + attention if share.config.activation_checkpointing else 0.0
     return Flops(
         forward=layers + attention + head,
         input_grad=layers + 2.5 * attention + 2 * head + again,
@@ -70,11 +65,10 @@ def micro_batch_flops(model: ModelConfig, config: EngineConfig, placement: Place
 def model_flops(model: ModelConfig, sequence_tokens: int) -> float:
     """FLOPs that a token needs, whoever computes them and nothing twice: 6 per parameter that a matmul reads and
     12 H Dh keys per layer. What a step achieves of the machine's peak (MFU, arXiv 2204.02311) is counted in these."""
-    whole = Placement(Mesh.single())
-    held, w = held_weights(model, whole), widths(model, Mesh.single())
-    matrices = sum(weight.num_elements for weight in held if weight.packed)
+    alone = Share(model, EngineConfig(), Placement(), sequence_tokens)
+    matrices = sum(weight.num_elements for weight in held_weights(alone) if weight.packed)
     keys = keys_per_query(sequence_tokens, model.sliding_window)
-    return 6.0 * matrices + 12.0 * w.H * w.Dh * keys * model.num_hidden_layers
+    return 6.0 * matrices + 12.0 * alone.H * alone.Dh * keys * model.num_hidden_layers
 
 
 def send_seconds(num_bytes: float, ranks: tuple[int, ...], index: int, machine: Machine) -> float:
@@ -116,28 +110,25 @@ class StageTime:
         return self.forward + self.input_grad + self.weight_grad
 
 
-def stage_time(
-    model: ModelConfig, config: EngineConfig, placement: Placement, machine: Machine, sequence_tokens: int
-) -> StageTime:
+def stage_time(share: Share, machine: Machine) -> StageTime:
     """Compute is FLOPs / (peak x achieved fraction). Tensor-parallel traffic of the forward stands in the way of the
     next matmul and is exposed, so is that of row-parallel backwards; that of column-parallel backwards only where it
     takes longer than the weight gradients that are computed meanwhile. Keys and values are exposed both ways."""
-    mesh, flops = placement.mesh, micro_batch_flops(model, config, placement, sequence_tokens)
-    num_layers = sum(len(part) for part in chunks(model, placement))
-    n = traffic.sizes(model, config, placement)
+    mesh, flops, num_layers = share.mesh, micro_batch_flops(share), share.num_layers
 
     def tensor(num_bytes: float) -> float:
         return send_seconds(num_bytes, mesh.tp.ranks, mesh.tp.index, machine)
 
-    keys = num_layers * traffic.context_bytes(model, config, placement)
-    context = send_seconds(keys, mesh.cp.ranks, mesh.cp.index, machine)
-    layers = tensor(num_layers * traffic.layer_forward_bytes(n)) + context
+    def context(num_bytes: float) -> float:
+        return send_seconds(num_bytes, mesh.cp.ranks, mesh.cp.index, machine)
+
+    layers = tensor(num_layers * traffic.layer_forward_bytes(share)) + context(num_layers * traffic.keys_bytes(share))
     weight_grad = flops.weight_grad / machine.flops
-    hidden = max(0.0, tensor(num_layers * traffic.layer_column_backward_bytes(n)) - weight_grad)
-    forward = layers + tensor(traffic.ends_forward_bytes(model, config, placement))
-    backward = tensor(num_layers * traffic.layer_row_backward_bytes(n)) + hidden + context
-    backward += tensor(traffic.ends_backward_bytes(model, config, placement))
-    backward += layers if config.activation_checkpointing else 0.0
+    late = max(0.0, tensor(num_layers * traffic.layer_column_backward_bytes(share)) - weight_grad)
+    forward = layers + tensor(traffic.ends_forward_bytes(share)) + context(traffic.results_bytes(share))
+    backward = late + tensor(num_layers * traffic.layer_row_backward_bytes(share) + traffic.ends_backward_bytes(share))
+    backward += context(num_layers * traffic.keys_gradient_bytes(share))
+    backward += layers if share.config.activation_checkpointing else 0.0
     return StageTime(
         forward=flops.forward / machine.flops + forward,
         input_grad=flops.input_grad / machine.flops + backward,
@@ -182,37 +173,29 @@ class StepTime:
         return self.compute + self.exposed + self.bubble + self.gradients + self.weights
 
 
-def step_time(
-    model: ModelConfig,
-    config: EngineConfig,
-    placements: list[Placement],
-    machine: Machine,
-    sequence_tokens: int,
-    micro_batches: int,
-) -> StepTime:
-    """One step of M micro-batches; `placements` is one rank of each stage.
+def step_time(shares: list[Share], machine: Machine, micro_batches: int) -> StepTime:
+    """One step of M micro-batches; `shares` are those of one rank of each stage.
 
     The pipeline's schedule is simulated with the slowest stage's times for all. Gradients travel while the last
     micro-batch's backward runs; what takes longer is exposed.
     """
-    times = [stage_time(model, config, placement, machine, sequence_tokens) for placement in placements]
-    slowest = max(times, key=lambda time: time.total)
-    ranks, tensor = placements[0].mesh.pp.ranks, traffic.stage_tensor_bytes(model, config, placements[0])
-    hop = max((send_seconds(tensor, pair, 0, machine) for pair in pairwise(ranks)), default=0.0)
+    parallel = shares[0].config.parallel
+    slowest = max((stage_time(share, machine) for share in shares), key=lambda time: time.total)
+    ranks, stream = shares[0].mesh.pp.ranks, traffic.stream_bytes(shares[0])
+    hop = max((send_seconds(stream, pair, 0, machine) for pair in pairwise(ranks)), default=0.0)
     costs = Costs(slowest.forward, slowest.input_grad, slowest.weight_grad, hop)
     backward = slowest.input_grad + slowest.weight_grad
     gradients = weights = 0.0
-    for placement in placements:
-        mesh, held = placement.mesh, held_weights(model, placement)
-        data = (mesh.data.ranks, mesh.data.index, machine)
-        reduce = send_seconds(traffic.gradient_reduce_bytes(held, placement), *data)
-        gradients = max(gradients, reduce - backward)
-        weights = max(weights, send_seconds(traffic.weight_gather_bytes(held, placement, config), *data))
+    for share in shares:
+        held, data = held_weights(share), share.mesh.data
+        link = (data.ranks, data.index, machine)
+        gradients = max(gradients, send_seconds(traffic.gradient_reduce_bytes(share, held), *link) - backward)
+        weights = max(weights, send_seconds(traffic.weight_gather_bytes(share, held), *link))
     return StepTime(
         compute=micro_batches * (slowest.total - slowest.exposed),
         exposed=micro_batches * slowest.exposed,
-        bubble=idle_time(config.parallel, costs, micro_batches),
+        bubble=idle_time(parallel, costs, micro_batches),
         gradients=gradients,
         weights=weights,
-        bubble_fraction=bubble(config.parallel, costs, micro_batches),
+        bubble_fraction=bubble(parallel, costs, micro_batches),
     )

@@ -1,7 +1,7 @@
 """Bytes that one rank holds, kind by kind: pure arithmetic over the shapes that the engine lays out.
 
 # T tokens of a micro-batch, S rows of it that a rank keeps between matmuls, D model width, V vocabulary, H query heads,
-# K key/value heads, Dh head width, I feed-forward width; V, H, K and I are a rank's; e bytes of an element
+# K key/value heads, Dh head width, I feed-forward width; all but D are a rank's; e bytes of an element
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from engine.architectures import architecture_of
-from engine.config import EngineConfig, ModelConfig
+from engine.config import ModelConfig
 from engine.kernels.attention import AttentionSpec, allocate_pages
 from engine.kernels.memory import num_bytes
 from engine.kernels.token_logprob import LOGITS_ELEMENTS
 from engine.kernels.weight import storage_shape
 from engine.parallel.mesh import Mesh
-from engine.parallel.shards import Placement, head_shard, layer_chunks, row_shard, row_share
+from engine.parallel.shards import row_share
+from engine.planner.share import Share
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float64 is for tests of the engine, not for plans
 FP32 = 4  # bytes
 SAMPLING_LOGITS_BYTES = 64 << 20
 
@@ -39,56 +39,27 @@ class Held:
         return math.prod(self.shape) * self.count
 
 
-@dataclass(frozen=True)
-class Widths:
-    """A rank's share of the sizes of a layer and of a micro-batch."""
-
-    D: int
-    H: int
-    K: int
-    Dh: int
-    I: int  # noqa: E741 (the legend's name)
-    V: int
-    qkv: int  # (H + 2 K) Dh
-
-
-def widths(model: ModelConfig, mesh: Mesh) -> Widths:
-    """The sizes of one tensor-parallel rank. Raises ConfigError where heads, panels of I or of V do not divide."""
-    heads = head_shard(model, mesh.tp.size, mesh.tp.index)
-    h, k = heads.heads.size, heads.kv_heads.size
-    inner = row_shard(model.intermediate_size, mesh.tp.size, mesh.tp.index).size
-    vocabulary = row_shard(model.vocab_size, mesh.tp.size, mesh.tp.index).size
-    return Widths(model.hidden_size, h, k, model.head_dim, inner, vocabulary, (h + 2 * k) * model.head_dim)
-
-
-def chunks(model: ModelConfig, placement: Placement) -> list[range]:
-    """The layers of each chunk of this rank. Raises ConfigError where there are fewer layers than chunks."""
-    pp = placement.mesh.pp
-    return layer_chunks(model.num_hidden_layers, pp.size, placement.chunks_per_stage, pp.index)
-
-
-def held_weights(model: ModelConfig, placement: Placement) -> list[Held]:
+def held_weights(share: Share) -> list[Held]:
     """The weights of a rank: its layers' shards, the embedding on the first stage, the last norm and the head on the
     last. A tied head is the embedding where one rank holds both, and a copy of it otherwise."""
-    row, w = architecture_of(model), widths(model, placement.mesh)
-    mesh, num_layers = placement.mesh, sum(len(layers) for layers in chunks(model, placement))
-    first, last = mesh.pp.index == 0, mesh.pp.index == mesh.pp.size - 1
+    model, row, num_layers = share.model, architecture_of(share.model), share.num_layers
+    width, inner, mixed = share.D, share.I, share.H * share.Dh
     held = [
-        Held("qkv", (w.qkv, w.D), True, num_layers),
-        Held("out", (w.D, w.H * w.Dh), True, num_layers),
-        Held("gate_up", (2 * w.I, w.D), True, num_layers),
-        Held("down", (w.D, w.I), True, num_layers),
-        Held("norm", (w.D,), False, 2 * num_layers + last),
+        Held("qkv", (share.qkv, width), True, num_layers),
+        Held("out", (width, mixed), True, num_layers),
+        Held("gate_up", (2 * inner, width), True, num_layers),
+        Held("down", (width, inner), True, num_layers),
+        Held("norm", (width,), False, 2 * num_layers + share.is_last),
     ]
-    biases = [(row.has_qkv_bias(model), w.qkv), (row.has_out_bias(model), w.D)]
-    biases += [(row.has_mlp_bias(model), 2 * w.I), (row.has_mlp_bias(model), w.D)]
+    biases = [(row.has_qkv_bias(model), share.qkv), (row.has_out_bias(model), width)]
+    biases += [(row.has_mlp_bias(model), 2 * inner), (row.has_mlp_bias(model), width)]
     held += [Held("bias", (size,), False, num_layers) for present, size in biases if present]
     if row.qk_norm:
-        held.append(Held("qk_norm", (w.Dh,), False, 2 * num_layers))
-    if first:
-        held.append(Held("embedding", (w.V, w.D), model.tie_word_embeddings))
-    if last and not (first and model.tie_word_embeddings):
-        held.append(Held("head", (w.V, w.D), True))
+        held.append(Held("qk_norm", (share.Dh,), False, 2 * num_layers))
+    if share.is_first:
+        held.append(Held("embedding", (share.V, width), model.tie_word_embeddings))
+    if share.is_last and not (share.is_first and model.tie_word_embeddings):
+        held.append(Held("head", (share.V, width), True))
     return held
 
 
@@ -120,94 +91,80 @@ def optimizer_bytes(held: list[Held], mesh: Mesh) -> int:
     return 3 * FP32 * share_elements(held, mesh.data.size, mesh.data.index)
 
 
-def layer_activation_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
+def layer_activation_bytes(share: Share) -> int:
     """What the backward of one layer finds saved for one micro-batch.
 
     e S x 4D: both sums of the residual stream and both norms of them; 8 S: the norms' 1/rms; e T x (qkv + H Dh + 3 I):
-    qkv, attention's output, gate and up, their product; 4 T H: the logarithm of each softmax's sum.
+    qkv, attention's output, gate and up, their product; 4 T H: the logarithm of each softmax's sum. With context
+    parallelism e x 2 K Dh for each row whose keys and values were gathered.
     """
-    w, e = widths(model, placement.mesh), DTYPES[config.dtype].itemsize
-    tokens, rows = micro_batch_rows(config, placement)
-    between = rows * (4 * w.D * e + 2 * FP32)
-    return between + tokens * (e * (w.qkv + w.H * w.Dh + 3 * w.I) + FP32 * w.H)
+    e = share.e
+    between = share.S * (4 * share.D * e + 2 * FP32)
+    gathered = e * share.rows.keys * 2 * share.K * share.Dh
+    return between + share.T * (e * (share.qkv + share.H * share.Dh + 3 * share.I) + FP32 * share.H) + gathered
 
 
-def micro_batch_rows(config: EngineConfig, placement: Placement) -> tuple[int, int]:
-    """(T, S): tokens of a micro-batch on this rank, ceil(train_batch_tokens / cp), and the rows of them between
-    matmuls, ceil(T / tp) under sequence parallelism, else T."""
-    mesh = placement.mesh
-    tokens = -(-config.train_batch_tokens // mesh.cp.size)
-    return tokens, -(-tokens // mesh.tp.size) if placement.sequence_parallel else tokens
-
-
-def chunk_activation_bytes(model: ModelConfig, config: EngineConfig, placement: Placement, chunk: int) -> int:
+def chunk_activation_bytes(share: Share, chunk: int) -> int:
     """What one micro-batch keeps in one chunk until its backward.
 
     Without activation checkpointing: `layer_activation_bytes` x layers. With it: each layer's inputs, e S x 2D (the
-    first of a chunk has one, e S D), and the layer being computed again. The chunk that ends in the loss keeps the last
-    sum and its 1/rms, (e D + 4) S, and per token the hidden state of the head, e D, and 20 bytes of the
+    first of a chunk has one, e S D). The chunk that ends in the loss keeps the last sum and its 1/rms, (e D + 4) S, the
+    gathered hidden states, e D x S tp (e D T without sequence parallelism), and 20 bytes a token of the
     log-probability's; the one that begins with the embedding keeps 4 bytes a token, its id.
     """
-    w, e = widths(model, placement.mesh), DTYPES[config.dtype].itemsize
-    mesh, layers = placement.mesh, chunks(model, placement)
-    tokens, rows = micro_batch_rows(config, placement)
-    if config.activation_checkpointing:
-        kept = (2 * len(layers[chunk]) - 1) * rows * w.D * e
+    e, width = share.e, share.D
+    if share.config.activation_checkpointing:
+        kept = (2 * len(share.chunks[chunk]) - 1) * share.S * width * e
     else:
-        kept = len(layers[chunk]) * layer_activation_bytes(model, config, placement)
-    if mesh.pp.index == 0 and chunk == 0:
-        kept += 4 * tokens
-    if mesh.pp.index == mesh.pp.size - 1 and chunk == len(layers) - 1:
-        kept += rows * (w.D * e + FP32) + tokens * (w.D * e + 5 * FP32)
+        kept = len(share.chunks[chunk]) * layer_activation_bytes(share)
+    if share.is_first and chunk == 0:
+        kept += 4 * share.T
+    if share.is_last and chunk == len(share.chunks) - 1:
+        whole = share.S * share.mesh.tp.size if share.placement.sequence_parallel else share.T
+        kept += share.S * (width * e + FP32) + whole * width * e + 5 * FP32 * share.T
     return kept
 
 
-def activation_bytes(model: ModelConfig, config: EngineConfig, placement: Placement, in_flight: int) -> int:
+def activation_bytes(share: Share, in_flight: int) -> int:
     """Activations at the schedule's peak: `in_flight` (micro-batch, chunk) pairs x the largest chunk's; with
     checkpointing one layer's more, the one being computed again. "zero_bubble" puts the weight gradients of stage r off
     by r micro-batches and keeps what they read beside the activations: per layer e T x (qkv + 2 D + 2 I) of output
     gradients, and the inputs of two column-parallel matmuls with all their rows, e (T - S) x 2 D more."""
-    layers = chunks(model, placement)
-    each = max(chunk_activation_bytes(model, config, placement, chunk) for chunk in range(len(layers)))
-    again = layer_activation_bytes(model, config, placement) if config.activation_checkpointing else 0
+    each = max(chunk_activation_bytes(share, chunk) for chunk in range(len(share.chunks)))
+    again = layer_activation_bytes(share) if share.config.activation_checkpointing else 0
     waiting = 0
-    if config.parallel.schedule == "zero_bubble":
-        w, (tokens, rows) = widths(model, placement.mesh), micro_batch_rows(config, placement)
-        elements = tokens * (w.qkv + 2 * w.D + 2 * w.I) + (tokens - rows) * 2 * w.D
-        waiting = min(placement.mesh.pp.index, in_flight) * len(layers[0]) * elements * DTYPES[config.dtype].itemsize
+    if share.config.parallel.schedule == "zero_bubble":
+        elements = share.T * (share.qkv + 2 * share.D + 2 * share.I) + (share.T - share.S) * 2 * share.D
+        waiting = min(share.mesh.pp.index, in_flight) * share.num_layers * elements * share.e
     return in_flight * each + again + waiting
 
 
-def working_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
+def working_bytes(share: Share) -> int:
     """What a backward needs beside what was kept, an estimate of its widest moment: e T x 3 I, the gradients of
-    SwiGLU's input and output, and e T x 3 D of the residual stream's; with tensor parallelism 2 x 4 T D, partial sums
-    on their way out and in."""
-    w, e = widths(model, placement.mesh), DTYPES[config.dtype].itemsize
-    tokens, _ = micro_batch_rows(config, placement)
-    sums = 2 * FP32 * tokens * w.D if placement.mesh.tp.size > 1 else 0
-    return e * tokens * (max(3 * w.I, w.qkv + 2 * w.H * w.Dh) + 3 * w.D) + sums
+    SwiGLU's input and output (or e T x (qkv + 2 H Dh), attention's, where that is more), and e T x 3 D of the residual
+    stream's; with tensor parallelism 2 x 4 T D, partial sums on their way out and in."""
+    sums = 2 * FP32 * share.T * share.D if share.mesh.tp.size > 1 else 0
+    widest = max(3 * share.I, share.qkv + 2 * share.H * share.Dh)
+    return share.e * share.T * (widest + 3 * share.D) + sums
 
 
-def logits_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
-    """Logits on the last stage: a chunk of at most max(16, 16 Mi / V) tokens, (4 + e) bytes each (the gradient takes
-    the logits' place in fp32); elsewhere 0."""
-    mesh = placement.mesh
-    if mesh.pp.index < mesh.pp.size - 1:
+def logits_bytes(share: Share) -> int:
+    """Logits on the last stage: a chunk of at most max(16, 16 Mi / V) tokens, 4 + e bytes each (in fp32 4: the gradient
+    takes the logits' place); elsewhere 0."""
+    if not share.is_last:
         return 0
-    vocabulary, e = widths(model, mesh).V, DTYPES[config.dtype].itemsize
-    rows = min(micro_batch_rows(config, placement)[0], max(16, LOGITS_ELEMENTS // vocabulary))
-    return rows * vocabulary * (FP32 if e == FP32 else FP32 + e)
+    rows = min(share.T, max(16, LOGITS_ELEMENTS // share.V))
+    return rows * share.V * (FP32 if share.e == FP32 else FP32 + share.e)
 
 
-def sampling_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
+def sampling_bytes(share: Share) -> int:
     """The recorded forward of a sampling step of B = max_batch_tokens rows, an estimate of its widest moment:
     e B x (6 D + qkv + H Dh + 3 I), with tensor parallelism 4 B D for a partial sum; on the last stage 64 MiB of logits
     at most."""
-    w, e, mesh = widths(model, placement.mesh), DTYPES[config.dtype].itemsize, placement.mesh
-    rows = config.max_batch_tokens
-    sums = FP32 * rows * w.D if mesh.tp.size > 1 else 0
-    last = SAMPLING_LOGITS_BYTES if mesh.pp.index == mesh.pp.size - 1 else 0
-    return e * rows * (6 * w.D + w.qkv + w.H * w.Dh + 3 * w.I) + sums + last
+    rows = share.config.max_batch_tokens
+    sums = FP32 * rows * share.D if share.mesh.tp.size > 1 else 0
+    last = SAMPLING_LOGITS_BYTES if share.is_last else 0
+    return share.e * rows * (6 * share.D + share.qkv + share.H * share.Dh + 3 * share.I) + sums + last
 
 
 def rotary_bytes(model: ModelConfig) -> int:
@@ -215,11 +172,11 @@ def rotary_bytes(model: ModelConfig) -> int:
     return num_bytes((model.max_position_embeddings, model.head_dim), torch.float32)
 
 
-def kv_token_bytes(model: ModelConfig, config: EngineConfig, placement: Placement) -> int:
+def kv_token_bytes(share: Share) -> int:
     """Keys and values of one token in all layers of this rank: pages as the sampler allocates them, over the tokens of
     a page: e x K x (Dh rounded up to 32 in bf16, + Dh) x layers."""
-    w = widths(model, placement.mesh)
+    page_size = share.config.page_size
     with torch.device("meta"):
-        pages = allocate_pages(1, config.page_size, AttentionSpec(w.H, w.K, w.Dh), DTYPES[config.dtype])
+        pages = allocate_pages(1, page_size, AttentionSpec(share.H, share.K, share.Dh), share.dtype)
     page = sum(tensor.numel() * tensor.element_size() for tensor in pages)
-    return page // config.page_size * sum(len(layers) for layers in chunks(model, placement))
+    return page // page_size * share.num_layers

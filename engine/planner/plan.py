@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.errors import ConfigError, nearest
 from engine.parallel.mesh import AXES, Mesh
@@ -19,8 +17,8 @@ from engine.parallel.schedule import Costs, peak_activations, schedule
 from engine.parallel.shards import Placement
 from engine.planner import footprint
 from engine.planner.cost import StepTime, bubble, counted_micro_batches, missing_figures, model_flops, step_time
-from engine.planner.footprint import DTYPES
 from engine.planner.machine import Machine
+from engine.planner.share import DTYPES, Share
 from engine.planner.traffic import Traffic, step_traffic
 
 
@@ -137,29 +135,27 @@ def placement_of(parallel: ParallelConfig, rank: int) -> Placement:
     return Placement(mesh, parallel.chunks_per_stage, parallel.sequence_parallel and parallel.tp > 1)
 
 
-def plan_rank(model: ModelConfig, config: EngineConfig, placement: Placement, micro_batches: int) -> RankPlan:
-    """Every kind of bytes on the rank at `placement`. Raises ConfigError where the model cannot be placed so."""
-    held, dtype, mesh = footprint.held_weights(model, placement), DTYPES[config.dtype], placement.mesh
-    layers = footprint.chunks(model, placement)
-    in_flight = activations_in_flight(config.parallel, mesh.pp.index, micro_batches)
-    where = (model, config, placement)
+def plan_rank(share: Share, micro_batches: int) -> RankPlan:
+    """Every kind of bytes on one rank. Raises ConfigError where the model cannot be dealt so."""
+    held, mesh = footprint.held_weights(share), share.mesh
+    in_flight = activations_in_flight(share.config.parallel, mesh.pp.index, micro_batches)
     return RankPlan(
         stage=mesh.pp.index,
-        layers=layers,
+        layers=share.chunks,
         num_parameters=sum(weight.num_elements for weight in held),
         num_bytes={
-            "weights": footprint.weight_bytes(held, dtype),
+            "weights": footprint.weight_bytes(held, share.dtype),
             "gradients": footprint.gradient_bytes(held),
             "gradient sums": footprint.gradient_sum_bytes(held, mesh),
             "optimizer": footprint.optimizer_bytes(held, mesh),
-            "activations": footprint.activation_bytes(*where, in_flight),
-            "backward": footprint.working_bytes(*where),
-            "logits": footprint.logits_bytes(*where),
-            "sampling": footprint.sampling_bytes(*where),
-            "rotary table": footprint.rotary_bytes(model),
+            "activations": footprint.activation_bytes(share, in_flight),
+            "backward": footprint.working_bytes(share),
+            "logits": footprint.logits_bytes(share),
+            "sampling": footprint.sampling_bytes(share),
+            "rotary table": footprint.rotary_bytes(share.model),
         },
         in_flight=in_flight,
-        kv_token_bytes=footprint.kv_token_bytes(*where),
+        kv_token_bytes=footprint.kv_token_bytes(share),
     )
 
 
@@ -176,13 +172,14 @@ def _peaks(parallel: ParallelConfig, micro_batches: int) -> list[int]:
     return peak_activations(schedule(parallel.schedule, parallel.pp, micro_batches, parallel.chunks_per_stage))
 
 
-def plan_stages(model: ModelConfig, config: EngineConfig, micro_batches: int) -> tuple[list[Placement], list[RankPlan]]:
-    """The heaviest rank of each stage: where it stands and what it holds. Raises ConfigError."""
+def plan_stages(
+    model: ModelConfig, config: EngineConfig, micro_batches: int, sequence_tokens: int
+) -> tuple[list[Share], list[RankPlan]]:
+    """The heaviest rank of each stage: its share, and what it holds. Raises ConfigError."""
     if config.dtype not in DTYPES:
         raise ConfigError(f'plans are made for {" and ".join(DTYPES)}; EngineConfig.dtype is "{config.dtype}"')
-    ranks = [_heaviest(config.parallel, model, DTYPES[config.dtype], stage) for stage in range(config.parallel.pp)]
-    placements = [placement_of(config.parallel, rank) for rank in ranks]
-    return placements, [plan_rank(model, config, placement, micro_batches) for placement in placements]
+    shares = [_heaviest(model, config, stage, sequence_tokens) for stage in range(config.parallel.pp)]
+    return shares, [plan_rank(share, micro_batches) for share in shares]
 
 
 def make_plan(
@@ -200,8 +197,8 @@ def make_plan(
     sequence_tokens = sequence_tokens or config.train_batch_tokens
     if min(micro_batches, sequence_tokens) < 1:
         raise ConfigError(f"{micro_batches} micro-batches, sequences of {sequence_tokens} tokens: both must be above 0")
-    placements, stages = plan_stages(model, config, micro_batches)
-    missing = missing_figures(machine, placements[0].mesh)
+    shares, stages = plan_stages(model, config, micro_batches, sequence_tokens)
+    missing = missing_figures(machine, shares[0].mesh)
     return Plan(
         model=model,
         config=config,
@@ -210,24 +207,24 @@ def make_plan(
         sequence_tokens=sequence_tokens,
         stages=stages,
         bubble_fraction=bubble(parallel, Costs(), micro_batches),
-        traffic=[step_traffic(model, config, placement, micro_batches) for placement in placements],
+        traffic=[step_traffic(share, micro_batches) for share in shares],
         missing=missing,
-        step=None if missing else step_time(model, config, placements, machine, sequence_tokens, micro_batches),
+        step=None if missing else step_time(shares, machine, micro_batches),
     )
 
 
-def _heaviest(parallel: ParallelConfig, model: ModelConfig, dtype: torch.dtype, stage: int) -> int:
+def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, sequence_tokens: int) -> Share:
     """The rank of a stage that holds most: shards of rows, and shares of the optimizer, differ by a panel. First the
     tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
-    first = stage * parallel.cp * parallel.tp
+    first = stage * config.parallel.cp * config.parallel.tp
+
+    def share(rank: int) -> Share:
+        return Share(model, config, placement_of(config.parallel, rank), sequence_tokens)
 
     def weights(rank: int) -> int:
-        return footprint.weight_bytes(footprint.held_weights(model, placement_of(parallel, rank)), dtype)
+        return footprint.weight_bytes(footprint.held_weights(share(rank)), DTYPES[config.dtype])
 
-    heavy = placement_of(parallel, max(range(first, first + parallel.tp), key=weights))
-    held, data = footprint.held_weights(model, heavy), heavy.mesh.data
-
-    def share(index: int) -> int:
-        return footprint.share_elements(held, data.size, index)
-
-    return data.ranks[max(range(data.size), key=share)]
+    heavy = share(max(range(first, first + config.parallel.tp), key=weights))
+    held, data = footprint.held_weights(heavy), heavy.mesh.data
+    elements = [footprint.share_elements(held, data.size, index) for index in range(data.size)]
+    return share(data.ranks[elements.index(max(elements))])

@@ -34,7 +34,8 @@ def search(
         raise ConfigError(f'searching needs the memory of a rank, and the machine "{machine.name}" has none; give it')
     fitting: list[Plan] = []
     smallest: tuple[int, ParallelConfig, RankPlan] | None = None
-    most_halves = (sequence_tokens or config.train_batch_tokens) // LEAST_HALF
+    sequence_tokens = sequence_tokens or config.train_batch_tokens
+    most_halves = sequence_tokens // LEAST_HALF
     for parallel in _meshes(config.parallel, num_ranks, machine.ranks_per_node):
         if 2 * parallel.cp > max(2, most_halves):
             continue
@@ -44,7 +45,7 @@ def search(
         for checkpointing in (False, True):
             here = msgspec.structs.replace(config, parallel=parallel, activation_checkpointing=checkpointing)
             try:
-                _, stages = plan_stages(model, here, micro_batches)
+                _, stages = plan_stages(model, here, micro_batches, sequence_tokens)
             except ConfigError:
                 break  # the model does not divide over this mesh
             if pool_tokens(stages, machine, here) >= config.kv_tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from engine.batch import TokenBatch
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.model import Transformer
+from engine.parallel.context import choose_rows
 from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.shards import Placement
-from engine.planner.footprint import DTYPES, micro_batch_rows
 from engine.planner.plan import world_size
+from engine.planner.share import DTYPES, Share
 
 
 @contextmanager
@@ -38,22 +40,29 @@ class Measured:
     saved_bytes: int
     forward_bytes: int  # sent to other ranks
     backward_bytes: int
-    placement: Placement
+    share: Share
 
 
-def measure(model: ModelConfig, config: EngineConfig, rank: int, monkeypatch: pytest.MonkeyPatch) -> Measured:
-    """Runs a rank's first chunk with `train_batch_tokens` tokens; counts tensors that autograd and activation
-    checkpointing keep, each storage once, and what is handed to all-to-alls for other ranks."""
+def measure(
+    model: ModelConfig,
+    config: EngineConfig,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    sequence_tokens: int = 0,
+) -> Measured:
+    """Runs a rank's first chunk with its part of `train_batch_tokens` tokens; counts the storages that autograd and
+    activation checkpointing keep, and what is handed to all-to-alls for other ranks."""
     parallel, sent = config.parallel, [0]
     all_to_all, kept = dist.all_to_all_single, {}
 
-    def counted(out: Tensor, x: Tensor, *splits: object, group: object, async_op: bool) -> object:
-        ranks = dist.get_world_size(group)
-        sent[0] += x.numel() * x.element_size() * (ranks - 1) // ranks
-        return all_to_all(out, x, *splits, group=group, async_op=async_op)
+    def counted(out: Tensor, x: Tensor, receive: object = None, send: list | None = None, **options: Any) -> object:
+        ranks, own = dist.get_world_size(options["group"]), dist.get_rank(options["group"])
+        pieces = send or [x.numel() // ranks] * ranks
+        sent[0] += (sum(pieces) - pieces[own]) * x.element_size()
+        return all_to_all(out, x, receive, send, **options)
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     def checkpointed(layer: object, *inputs: object, **options: object) -> object:
@@ -73,14 +82,19 @@ def measure(model: ModelConfig, config: EngineConfig, rank: int, monkeypatch: py
         built = Transformer(model, DTYPES[config.dtype], placement)
         built.initialize(0)
         built.checkpointing = config.activation_checkpointing
-        tokens, rows = micro_batch_rows(config, placement)
-        batch = TokenBatch.packed([[i % model.vocab_size for i in range(tokens)]], scattered=scattered)
-        stream = None if mesh.pp.index == 0 else torch.randn(rows, model.hidden_size).to(built.dtype).requires_grad_()
+        whole = config.train_batch_tokens
+        length = sequence_tokens or whole
+        share = Share(model, config, placement, length)
+        sequences = [[i % model.vocab_size for i in range(min(length, whole - at))] for at in range(0, whole, length)]
+        batch = TokenBatch.packed(sequences, scattered, mesh.cp)
+        stream = None if share.is_first else torch.randn(share.S, share.D).to(built.dtype).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = built.forward(batch, stream)
             if built.chunks[0].last:
-                targets, temperature = torch.zeros(tokens, dtype=torch.int32), torch.ones(tokens)
-                out = torch.stack(built.token_logprob(out, targets, temperature))
+                choice = choose_rows(torch.arange(whole), batch.context)
+                targets, temperature = torch.zeros(batch.num_tokens, dtype=torch.int32), torch.ones(batch.num_tokens)
+                out = torch.stack(choice.whole(*built.token_logprob(choice.take(out), targets, temperature)))
         forward, sent[0] = sent[0], 0
         out.float().sum().backward()
-        return Measured(sum(kept.values()), forward, sent[0], placement)
+        saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept.values()}
+        return Measured(sum(saved.values()), forward, sent[0], share)

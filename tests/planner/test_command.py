@@ -9,7 +9,7 @@ import pytest
 
 from engine.__main__ import main
 from engine.architectures import model_config_to_hf
-from engine.planner.footprint import DTYPES
+from engine.planner.share import DTYPES
 from tests.tiny import tiny_config
 
 

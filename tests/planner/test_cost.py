@@ -8,7 +8,8 @@ from engine.config import EngineConfig, ParallelConfig
 from engine.parallel.schedule import Costs, bubble_fraction, schedule, simulate
 from engine.planner import cost
 from engine.planner.machine import Machine
-from engine.planner.plan import make_plan, placement_of
+from engine.planner.plan import make_plan
+from tests.planner.test_footprint import share_of
 from tests.tiny import tiny_config
 
 MACHINE = Machine(peak_tflops=100.0, memory_gb=80.0, intra_gbps=100.0, inter_gbps=10.0, ranks_per_node=4)
@@ -24,10 +25,10 @@ def test_shards_compute_what_the_whole_model_does() -> None:
     """The FLOPs of all tensor-parallel ranks and stages together are those of one rank."""
     model = tiny_config(num_hidden_layers=4, vocab_size=512, intermediate_size=128)
     alone = EngineConfig(parallel=ParallelConfig(dp=1), train_batch_tokens=64)
-    whole = cost.micro_batch_flops(model, alone, placement_of(alone.parallel, 0), 64)
+    whole = cost.micro_batch_flops(share_of(model, alone))
     parallel = ParallelConfig(dp=1, tp=2, pp=2)
     config = EngineConfig(parallel=parallel, train_batch_tokens=64)
-    parts = [cost.micro_batch_flops(model, config, placement_of(parallel, rank), 64) for rank in range(4)]
+    parts = [cost.micro_batch_flops(share_of(model, config, rank)) for rank in range(4)]
     assert sum(part.total for part in parts) == pytest.approx(whole.total)
 
 
@@ -35,7 +36,7 @@ def test_model_flops_are_three_forwards_with_nothing_computed_twice() -> None:
     """What a step computes beyond them: the head's logits again, and half an attention forward (scores again)."""
     model = tiny_config()
     config = EngineConfig(parallel=ParallelConfig(dp=1), train_batch_tokens=100)
-    flops = cost.micro_batch_flops(model, config, placement_of(config.parallel, 0), 100)
+    flops = cost.micro_batch_flops(share_of(model, config))
     heads = 4.0 * model.num_attention_heads * model.head_dim * cost.keys_per_query(100, None) * 100
     again = 2.0 * model.vocab_size * model.hidden_size * 100 + 0.5 * heads * model.num_hidden_layers
     assert flops.total == pytest.approx(cost.model_flops(model, 100) * 100 + again)
@@ -46,7 +47,7 @@ def test_activation_checkpointing_computes_each_layer_once_more() -> None:
     configs = [
         EngineConfig(parallel=parallel, train_batch_tokens=64, activation_checkpointing=on) for on in (False, True)
     ]
-    kept, again = (cost.micro_batch_flops(model, config, placement_of(parallel, 0), 64) for config in configs)
+    kept, again = (cost.micro_batch_flops(share_of(model, config)) for config in configs)
     assert again.total - kept.total == pytest.approx(kept.forward)
 
 
@@ -75,7 +76,7 @@ def test_a_step_on_one_rank_is_its_flops_over_what_the_machine_achieves() -> Non
     model = tiny_config()
     config = EngineConfig(parallel=ParallelConfig(dp=1), train_batch_tokens=512)
     plan = make_plan(model, config, MACHINE, micro_batches=3)
-    flops = cost.micro_batch_flops(model, config, placement_of(config.parallel, 0), 512).total
+    flops = cost.micro_batch_flops(share_of(model, config)).total
     assert plan.step is not None
     assert plan.step.total == plan.step.compute == pytest.approx(3 * flops / (100e12 * 0.4))
     assert plan.tokens_per_second == pytest.approx(3 * 512 / plan.step.total)

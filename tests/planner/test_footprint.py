@@ -18,6 +18,7 @@ from engine.parallel.shards import Placement
 from engine.planner import footprint
 from engine.planner.machine import Machine
 from engine.planner.plan import make_plan, placement_of, world_size
+from engine.planner.share import DTYPES, Share
 from engine.types import Sample, SamplingParams
 from tests.planner.fake_ranks import fake_rank, measure
 from tests.tiny import FAMILIES, tiny_config
@@ -43,9 +44,13 @@ def allocated(model: Transformer) -> tuple[int, int]:
     return model.nbytes(), sum(g.numel() * g.element_size() for g in gradients)
 
 
+def share_of(model: ModelConfig, config: EngineConfig, rank: int = 0) -> Share:
+    return Share(model, config, placement_of(config.parallel, rank), config.train_batch_tokens)
+
+
 def planned(model: ModelConfig, config: EngineConfig, rank: int) -> tuple[int, int]:
-    held = footprint.held_weights(model, placement_of(config.parallel, rank))
-    return footprint.weight_bytes(held, footprint.DTYPES[config.dtype]), footprint.gradient_bytes(held)
+    held = footprint.held_weights(share_of(model, config, rank))
+    return footprint.weight_bytes(held, DTYPES[config.dtype]), footprint.gradient_bytes(held)
 
 
 @needs_extension
@@ -53,14 +58,14 @@ def planned(model: ModelConfig, config: EngineConfig, rank: int) -> tuple[int, i
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, ODD], ids=["plain", "tied", "odd"])
 def test_bytes_of_one_rank_equal_a_real_allocation(architecture: str, dtype: str, overrides: dict) -> None:
-    config, engine_config = tiny_config(architecture, **overrides), EngineConfig(dtype=dtype)
-    model = Transformer(config, footprint.DTYPES[dtype])
+    config = tiny_config(architecture, **overrides)
+    engine_config = EngineConfig(dtype=dtype, parallel=ParallelConfig(dp=1))
+    model = Transformer(config, DTYPES[dtype])
     optimizer = AdamW(model.weights(), engine_config.optimizer)
     optimizer.allocate()
     moments = [t for m in optimizer.state.values() for t in (m.master, m.exp_avg, m.exp_avg_sq)]
-    alone = ParallelConfig(dp=1)
-    assert planned(config, EngineConfig(dtype=dtype, parallel=alone), 0) == allocated(model)
-    held = footprint.held_weights(config, placement_of(alone, 0))
+    assert planned(config, engine_config, 0) == allocated(model)
+    held = footprint.held_weights(share_of(config, engine_config))
     assert footprint.optimizer_bytes(held, Mesh.single()) == sum(t.numel() * t.element_size() for t in moments)
 
 
@@ -84,13 +89,14 @@ def test_bytes_of_every_rank_of_a_mesh_equal_a_real_allocation(
     config = tiny_config(architecture, num_hidden_layers=5, tie_word_embeddings=architecture == "Qwen2ForCausalLM")
     engine_config = EngineConfig(dtype=dtype, parallel=parallel)
     for rank in range(world_size(parallel)):
-        model = Transformer(config, footprint.DTYPES[dtype], placement_of(parallel, rank))
+        model = Transformer(config, DTYPES[dtype], placement_of(parallel, rank))
         assert planned(config, engine_config, rank) == allocated(model), f"rank {rank}"
 
 
 @pytest.mark.parametrize("data", [1, 2, 3, 8])
 def test_optimizer_shares_are_the_whole_and_nothing_twice(data: int) -> None:
-    held = footprint.held_weights(tiny_config("Qwen3ForCausalLM"), placement_of(ParallelConfig(dp=1, tp=2), 0))
+    config = EngineConfig(parallel=ParallelConfig(dp=1, tp=2))
+    held = footprint.held_weights(share_of(tiny_config("Qwen3ForCausalLM"), config))
     shares = [footprint.share_elements(held, data, index) for index in range(data)]
     assert sum(shares) == sum(weight.num_elements for weight in held)
 
@@ -113,7 +119,19 @@ def test_activation_bytes_equal_what_autograd_saves(
     config = EngineConfig(dtype=dtype, parallel=parallel, train_batch_tokens=37, activation_checkpointing=checkpointing)
     for rank in range(0, world_size(parallel), parallel.tp):
         found = measure(model, config, rank, monkeypatch)
-        assert found.saved_bytes == footprint.chunk_activation_bytes(model, config, found.placement, 0), f"rank {rank}"
+        assert found.saved_bytes == footprint.chunk_activation_bytes(found.share, 0), f"rank {rank}"
+
+
+@needs_extension
+@pytest.mark.parametrize("sequence_tokens", [64, 40, 16], ids=["one cut", "several", "none cut"])
+def test_context_parallel_activations_equal_what_autograd_saves(
+    sequence_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_config("LlamaForCausalLM")
+    config = EngineConfig(parallel=ParallelConfig(dp=1, cp=2, tp=2), train_batch_tokens=64)
+    for rank in (0, 2):
+        found = measure(model, config, rank, monkeypatch, sequence_tokens)
+        assert found.saved_bytes == footprint.chunk_activation_bytes(found.share, 0), f"rank {rank}"
 
 
 @needs_extension
@@ -144,7 +162,7 @@ def test_the_recorded_forward_takes_the_memory_that_was_planned(dtype: str) -> N
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
     recorded = engine.sampler.runner._graph
     assert recorded is not None
-    planned = footprint.sampling_bytes(config, engine_config, placement_of(engine_config.parallel, 0))
+    planned = footprint.sampling_bytes(share_of(config, engine_config))
     assert 0.8 < recorded.pool.nbytes / (planned - footprint.SAMPLING_LOGITS_BYTES) < 1.25
 
 
@@ -155,7 +173,7 @@ def test_kv_bytes_equal_the_pool_of_a_sampler(dtype: str, head_dim: int) -> None
     engine_config = EngineConfig(dtype=dtype, kv_tokens=512, page_size=32, parallel=ParallelConfig(dp=1))
     runner = Engine.from_config(config, engine_config).sampler.runner
     pool = sum(t.numel() * t.element_size() for t in (*runner.keys, *runner.values))
-    planned = footprint.kv_token_bytes(config, engine_config, placement_of(engine_config.parallel, 0))
+    planned = footprint.kv_token_bytes(share_of(config, engine_config))
     assert planned * engine_config.kv_tokens == pool
 
 

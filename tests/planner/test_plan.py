@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 from engine.parallel.schedule import peak_activations, schedule
 from engine.planner.machine import Machine
 from engine.planner.plan import activations_in_flight, make_plan, parse_mesh, placement_of, plan_rank, world_size
+from engine.planner.share import Share
 from tests.tiny import tiny_config
 
 
@@ -55,8 +56,8 @@ def test_the_planned_rank_of_a_stage_is_the_heaviest(mesh: str) -> None:
     config = EngineConfig(parallel=parse_mesh(mesh))
     plan = make_plan(model, config, Machine(), micro_batches=4)
     for rank in range(world_size(config.parallel)):
-        placement = placement_of(config.parallel, rank)
-        assert plan_rank(model, config, placement, 4).total <= plan.stages[placement.mesh.pp.index].total
+        share = Share(model, config, placement_of(config.parallel, rank), config.train_batch_tokens)
+        assert plan_rank(share, 4).total <= plan.stages[share.mesh.pp.index].total
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
