@@ -158,13 +158,14 @@ def logits_bytes(share: Share) -> int:
 
 
 def sampling_bytes(share: Share) -> int:
-    """The recorded forward of a sampling step of B = max_batch_tokens rows, an estimate of its widest moment:
-    e B x (6 D + qkv + H Dh + 3 I), with tensor parallelism 4 B D for a partial sum; on the last stage 64 MiB of logits
-    at most."""
-    rows = share.config.max_batch_tokens
+    """The recorded forward of each chunk for a sampling step of B = max_batch_tokens rows, an estimate of its widest
+    moment: e B x (6 D + qkv + H Dh + 3 I), with tensor parallelism 4 B D for a partial sum; e B D for a stream that
+    comes from another chunk; on the last stage 64 MiB of logits at most."""
+    rows, num_chunks = share.config.max_batch_tokens, len(share.chunks)
     sums = FP32 * rows * share.D if share.mesh.tp.size > 1 else 0
-    last = SAMPLING_LOGITS_BYTES if share.is_last else 0
-    return share.e * rows * (6 * share.D + share.qkv + share.H * share.Dh + 3 * share.I) + sums + last
+    widest = share.e * rows * (6 * share.D + share.qkv + share.H * share.Dh + 3 * share.I) + sums
+    streams = share.e * rows * share.D * (num_chunks - share.is_first)
+    return num_chunks * widest + streams + (SAMPLING_LOGITS_BYTES if share.is_last else 0)
 
 
 def rotary_bytes(model: ModelConfig) -> int:
