@@ -55,12 +55,12 @@ def work(segments: list[tuple[int, int]], lengths: list[int], token_work: int) -
     return total
 
 
-@given(st.lists(st.integers(200, 100_000), min_size=1, max_size=12), sizes)
+@given(st.lists(st.integers(200, 100_000), min_size=1, max_size=12), sizes, st.integers(0, 100_000))
 @settings(deadline=None)
-def test_ranks_have_nearly_the_same_work(lengths: list[int], size: int) -> None:
-    """In matmuls and attention together; where everything is cut, in both alone."""
-    deal = deal_rows(lengths, size)
-    loads = [work(segments, lengths, 8192) for segments in deal.segments]
+def test_ranks_have_nearly_the_same_work(lengths: list[int], size: int, before: int) -> None:
+    """In matmuls and attention together; where everything is cut, in attention alone too."""
+    deal = deal_rows(lengths, size, [before] * len(lengths))
+    loads = [work(segments, lengths, 8192 + before) for segments in deal.segments]
     assert max(loads) <= 1.101 * sum(loads) / size
     if all(deal.cut):
         attention = [work(segments, lengths, 0) for segments in deal.segments]
