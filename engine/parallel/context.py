@@ -122,7 +122,7 @@ class ContextShard:
         self.num_keys = len(kv_rows)
 
         if plan is None:
-            plan = _plan_of(np.array(lengths, dtype=np.int32)[held])
+            plan = AttentionPlan.of_sequences(np.array(lengths)[held].tolist())
         begins, ends = np.array(deal.segments[group.index], dtype=np.int64).reshape(-1, 2).T
         at = np.searchsorted(kv_rows, begins)
         self.plan = AttentionPlan(plan)
@@ -145,15 +145,6 @@ class ContextShard:
             parts = all_to_all(d_kv.index_select(0, self.received_at), self.group, self.counts, [count] * size)
             out[self.moving] = fold(parts.view(size, count, d_kv.shape[1])).to(out.dtype)
         out[self.staying] = d_kv.index_select(0, self.staying_at)
-
-
-def _plan_of(lengths: np.ndarray) -> AttentionPlan:
-    """The plan of whole sequences, positions from 0, no cache."""
-    starts = np.array([0, *lengths.cumsum()], dtype=np.int32)
-    positions = np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], lengths)
-    plan = AttentionPlan()
-    plan.build(starts, lengths, positions)
-    return plan
 
 
 def _rows(segments: list[Segment]) -> np.ndarray:
