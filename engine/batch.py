@@ -28,18 +28,25 @@ class TokenBatch:
 
     `plan` says which rows belong to which sequence, at which positions, and which pages hold their keys; every layer
     reads it. Training and scoring leave `kv` as None: keys and values then live only as long as a layer needs them.
+    `scattered`: between matmuls each tensor-parallel rank keeps its share of the rows only (sequence parallel).
     """
 
     tokens: Tensor  # int32 [T]
     plan: AttentionPlan
     kv: KVView | None = None
+    scattered: bool = False
 
     @property
     def num_tokens(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def scattered_rows(self) -> int | None:
+        """The number of rows that are dealt over tensor-parallel ranks; None where every rank has them all."""
+        return self.num_tokens if self.scattered else None
+
     @classmethod
-    def packed(cls, sequences: list[list[int]]) -> TokenBatch:
+    def packed(cls, sequences: list[list[int]], scattered: bool = False) -> TokenBatch:
         """Whole sequences, positions from 0, no cache: what training and scoring use."""
         lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int32)
         cu_seqlens = torch.zeros(len(sequences) + 1, dtype=torch.int32)
@@ -47,4 +54,4 @@ class TokenBatch:
         positions = torch.cat([torch.arange(len(s), dtype=torch.int32) for s in sequences])
         plan = AttentionPlan()
         plan.build(cu_seqlens, lengths, positions=positions)
-        return cls(torch.tensor([t for s in sequences for t in s], dtype=torch.int32), plan)
+        return cls(torch.tensor([t for s in sequences for t in s], dtype=torch.int32), plan, scattered=scattered)

@@ -16,7 +16,8 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from engine.model import Part, Transformer
+    from engine.model import Transformer
+    from engine.parts import Part
     from engine.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000

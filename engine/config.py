@@ -87,13 +87,67 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_grad_norm: float = 1.0  # 0: no clipping
 
 
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+
+
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the ranks that torchrun started share the work: a grid of dp x pp x cp x tp of them.
+
+    `dp=0` takes as many data-parallel replicas as the ranks allow. `sequence_parallel` deals the rows of norms and
+    residuals over tensor-parallel ranks (arXiv 2205.05198) in training and scoring. `schedule` is the pipeline's;
+    "interleaved" puts `virtual_stages` chunks of layers on each rank (0: two). A gradient is summed in
+    `gradient_lanes` lanes (0: one for each replica) that are folded in order, each of at least `micro_batches`
+    micro-batches where there are that many samples (0: 1 without a pipeline, 2 pp with one): lanes and micro-batches,
+    not ranks, decide its bits. `timeout_seconds` is how long a collective may wait.
+    """
+
+    dp: int = 0
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = True
+    schedule: str = "1f1b"
+    micro_batches: int = 0
+    virtual_stages: int = 0
+    gradient_lanes: int = 0
+    timeout_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("dp", 0), ("pp", 1), ("cp", 1), ("tp", 1), ("micro_batches", 0), ("virtual_stages", 0),
+                            ("gradient_lanes", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"ParallelConfig.{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                f'ParallelConfig.schedule is "{self.schedule}"{nearest(self.schedule, list(SCHEDULES))}; there are '
+                f"{', '.join(SCHEDULES)}"
+            )
+        if (self.schedule == "interleaved") != (self.chunks_per_stage > 1):
+            raise ConfigError(
+                f'ParallelConfig.virtual_stages is {self.virtual_stages} with schedule "{self.schedule}"; only '
+                '"interleaved" has several chunks of layers on a rank, and it needs at least 2'
+            )
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"ParallelConfig.timeout_seconds is {self.timeout_seconds}; it must be above 0")
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """Chunks of layers on each rank."""
+        return self.virtual_stages or (2 if self.schedule == "interleaved" else 1)
+
+    @property
+    def least_micro_batches(self) -> int:
+        """Micro-batches of a lane, where there are that many samples."""
+        return self.micro_batches or (2 * self.pp if self.pp > 1 else 1)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the engine runs.
 
     `kv_tokens` is the size of the KV pool in tokens; `page_size` a multiple of 16; `max_batch_tokens` the most tokens
     of one sampling step (prompts longer than it are prefilled in chunks); `max_seqs` the most sequences of one step;
     `train_batch_tokens` the most tokens of one training micro-batch (a longer single sample has one to itself).
-    `threads=0` uses every core the process may run on.
+    `threads=0` uses every core the process may run on, or its share of them where several ranks share a machine.
     """
 
     device: str = "auto"
@@ -107,6 +161,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     activation_checkpointing: bool = False
     threads: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):

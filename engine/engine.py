@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from engine.errors import CapacityError, EngineError, InputError
 from engine.kernels.op import cpu_missing, extension
 from engine.log import logger
 from engine.model import Transformer
+from engine.parallel.collectives import broadcast_object
+from engine.parallel.mesh import Mesh, make_mesh, ranks_on_this_machine
+from engine.parallel.shards import Placement
 from engine.sampler.output import Inbox, Stream
 from engine.sampler.sampler import Sampler
 from engine.state import load_state, save_state
@@ -30,12 +34,14 @@ class Engine:
 
     `generate`, `stream`, `score` and `forward_backward` run the same forward on the same weights, so
     `Completion.logprobs` equals what `score` returns and what the first `forward_backward` after it sees, to the bit.
-    Not thread-safe: call it from one thread.
+    Not thread-safe: call it from one thread. Under torchrun every rank makes the same calls with the same arguments
+    and gets the whole result; `EngineConfig.parallel` says how they share the work.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig, tokenizer: Tokenizer | None = None) -> None:
-        if config.threads and not cpu_missing():
-            extension().set_num_threads(config.threads)
+        self.mesh = model.mesh
+        if not cpu_missing():
+            _set_threads(config.threads)
         if cpu_missing():
             logger.warning("%s: the engine runs on plain torch, slowly and not exactly", cpu_missing())
         self.model = model
@@ -50,13 +56,16 @@ class Engine:
     # ---- making one ----
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None) -> Engine:
+    def from_pretrained(
+        cls, path: str | Path, config: EngineConfig | None = None, mesh: Mesh | None = None
+    ) -> Engine:
         """A Hugging Face directory: `config.json`, one or many `.safetensors`, and `tokenizer.json` if there is one.
 
-        Raises CheckpointError, ConfigError.
+        Each rank reads its part. `mesh` is made from `config.parallel` unless one is given. Raises CheckpointError,
+        ConfigError, ParallelError.
         """
         config = config or EngineConfig()
-        model = Transformer(read_config(path), DTYPES[config.dtype])
+        model = Transformer(read_config(path), DTYPES[config.dtype], _placement(config, mesh))
         load_weights(path, model)
         has_tokenizer = (Path(path) / "tokenizer.json").exists()
         return cls(model, config, Tokenizer.from_pretrained(path) if has_tokenizer else None)
@@ -68,12 +77,17 @@ class Engine:
         config: EngineConfig | None = None,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
+        mesh: Mesh | None = None,
     ) -> Engine:
-        """Random weights, a function of `seed`. Raises ConfigError."""
+        """Random weights, a function of `seed`: those of one model on any mesh. Raises ConfigError, ParallelError."""
         config = config or EngineConfig()
-        model = Transformer(model_config, DTYPES[config.dtype])
+        model = Transformer(model_config, DTYPES[config.dtype], _placement(config, mesh))
         model.initialize(seed)
         return cls(model, config, tokenizer)
+
+    def close(self) -> None:
+        """Ends this engine's part in the group of ranks; every rank calls it. The engine is not used after it."""
+        self.mesh.close()
 
     # ---- sampling ----
 
@@ -210,7 +224,7 @@ class Engine:
             raise InputError("SamplingParams.stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self._requests += 1
         request = self._requests
-        fresh = secrets.randbits(62)
+        fresh = broadcast_object(secrets.randbits(62), self.mesh.world, 0)
         for index, (prompt, p) in enumerate(zip(ids, each, strict=True)):
             self.sampler.add(request, index, prompt, p, fresh if p.seed is None else p.seed)
         self._inboxes[request] = Inbox([p.n for p in each], self.tokenizer, self.weight_version, streaming)
@@ -270,3 +284,16 @@ class Engine:
         inbox = self._inboxes.pop(request, None)
         if inbox is not None and not inbox.complete:
             self.sampler.abort(request)
+
+
+def _placement(config: EngineConfig, mesh: Mesh | None) -> Placement:
+    parallel = config.parallel
+    mesh = mesh or make_mesh(parallel)
+    return Placement(mesh, parallel.chunks_per_stage, parallel.sequence_parallel and mesh.tp.size > 1)
+
+
+def _set_threads(threads: int) -> None:
+    """As many as asked for; else the kernels' own default, shared with the other ranks of this machine."""
+    if threads or ranks_on_this_machine() > 1:
+        share = len(os.sched_getaffinity(0)) // ranks_on_this_machine()
+        extension().set_num_threads(threads or max(1, share))

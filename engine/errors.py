@@ -25,6 +25,10 @@ class ExactnessError(EngineError):
     """Sampled and trained log-probabilities differ, or no exact backend is available."""
 
 
+class ParallelError(EngineError):
+    """A collective that failed or took too long, a rank that died, or ranks that did not make the same call."""
+
+
 class NumericsError(EngineError):
     """Weights, logits or gradients that are not finite."""
 

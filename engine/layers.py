@@ -1,6 +1,8 @@
-"""The parts of a decoder layer. Each holds its weights and is called on packed rows.
+"""The parts of a decoder layer, or of one tensor-parallel rank's share of it. Each holds its weights and is called on
+packed rows.
 
-# T tokens, D model width, H query heads, K key/value heads, Dh head width, I feed-forward width
+# T tokens, D model width, H query heads, K key/value heads, Dh head width, I feed-forward width; H, K and I are this
+# rank's; under sequence parallelism the rows between matmuls are its share of the T
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from engine.architectures import Architecture
 from engine.batch import TokenBatch
 from engine.config import ModelConfig
 from engine.kernels.attention import AttentionSpec, attention
-from engine.kernels.linear import linear
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.swiglu import swiglu
 from engine.kernels.weight import Weight
+from engine.parallel.mesh import Mesh
+from engine.parallel.shards import head_shard, row_shard
+from engine.parallel.tensor import column_linear, row_linear
 
 
 def matrix(name: str, rows: int, columns: int, dtype: torch.dtype) -> Weight:
@@ -29,66 +33,94 @@ def vector(name: str, size: int, dtype: torch.dtype) -> Weight:
 
 
 class Linear:
-    """y = x W^T + b."""
+    """The weights of y = x W^T + b."""
 
-    def __init__(self, name: str, rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, rows: int, columns: int, bias: bool, dtype: torch.dtype, mesh: Mesh) -> None:
         self.weight = matrix(f"{name}.weight", rows, columns, dtype)
         self.bias = vector(f"{name}.bias", rows, dtype) if bias else None
+        self.tp = mesh.tp
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+
+class ColumnLinear(Linear):
+    """Its rows of W are this rank's: the output's columns are dealt over tensor-parallel ranks."""
+
+    def __call__(self, x: Tensor, batch: TokenBatch) -> Tensor:
+        return column_linear(x, self.weight, self.bias, self.tp, batch.scattered_rows)
+
+
+class RowLinear(Linear):
+    """Its columns of W are this rank's: the input's columns are dealt, and the output is summed over ranks."""
+
+    def __call__(self, x: Tensor, batch: TokenBatch) -> Tensor:
+        return row_linear(x, self.weight, self.bias, self.tp, batch.scattered_rows)
 
 
 class Attention:
     """Grouped-query attention (arXiv 2305.13245) with rotary positions; one fused matrix for q, k and v."""
 
-    def __init__(self, name: str, config: ModelConfig, row: Architecture, rope: Tensor, dtype: torch.dtype) -> None:
-        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    def __init__(
+        self, name: str, config: ModelConfig, row: Architecture, rope: Tensor, dtype: torch.dtype, mesh: Mesh
+    ) -> None:
+        self.shard = head_shard(config, mesh.tp.size, mesh.tp.index)
+        heads, kv_heads, width = self.shard.heads.size, self.shard.kv_heads.size, config.head_dim
         self.spec = AttentionSpec(heads, kv_heads, width, window=row.window(config), eps=config.rms_norm_eps)
         self.rope = rope
-        self.qkv = Linear(
-            f"{name}.qkv_proj", (heads + 2 * kv_heads) * width, config.hidden_size, row.has_qkv_bias(config), dtype
+        columns = (heads + 2 * kv_heads) * width
+        self.qkv = ColumnLinear(
+            f"{name}.qkv_proj", columns, config.hidden_size, row.has_qkv_bias(config), dtype, mesh
         )
-        self.out = Linear(f"{name}.o_proj", config.hidden_size, heads * width, row.has_out_bias(config), dtype)
+        self.out = RowLinear(f"{name}.o_proj", config.hidden_size, heads * width, row.has_out_bias(config), dtype, mesh)
         self.q_norm = vector(f"{name}.q_norm.weight", width, dtype) if row.qk_norm else None
         self.k_norm = vector(f"{name}.k_norm.weight", width, dtype) if row.qk_norm else None
 
     def __call__(self, x: Tensor, batch: TokenBatch, index: int) -> Tensor:
-        qkv = self.qkv(x)  # [T, D] -> [T, (H + 2 K) Dh]
+        qkv = self.qkv(x, batch)  # [T, D] -> [T, (H + 2 K) Dh]
         keys, values = (batch.kv.keys[index], batch.kv.values[index]) if batch.kv else (None, None)
         mixed = attention(qkv, self.spec, self.rope, batch.plan, keys, values, self.q_norm, self.k_norm)
-        return self.out(mixed)  # [T, H Dh] -> [T, D]
+        return self.out(mixed, batch)  # [T, H Dh] -> [T, D]
 
 
 class FeedForward:
     """SwiGLU (arXiv 2002.05202); one fused matrix for gate and up."""
 
-    def __init__(self, name: str, config: ModelConfig, row: Architecture, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, config: ModelConfig, row: Architecture, dtype: torch.dtype, mesh: Mesh) -> None:
         bias = row.has_mlp_bias(config)
-        self.gate_up = Linear(f"{name}.gate_up_proj", 2 * config.intermediate_size, config.hidden_size, bias, dtype)
-        self.down = Linear(f"{name}.down_proj", config.hidden_size, config.intermediate_size, bias, dtype)
+        self.shard = row_shard(config.intermediate_size, mesh.tp.size, mesh.tp.index)
+        inner, width = self.shard.size, config.hidden_size
+        self.gate_up = ColumnLinear(f"{name}.gate_up_proj", 2 * inner, width, bias, dtype, mesh)
+        self.down = RowLinear(f"{name}.down_proj", width, inner, bias, dtype, mesh)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))  # [T, D] -> [T, 2 I] -> [T, I] -> [T, D]
+    def __call__(self, x: Tensor, batch: TokenBatch) -> Tensor:
+        return self.down(swiglu(self.gate_up(x, batch)), batch)  # [T, D] -> [T, 2 I] -> [T, I] -> [T, D]
 
 
 class Layer:
     """One decoder layer. The residual stream x and what is still to be added to it travel apart, so that each addition
-    is one kernel with the norm that follows it."""
+    is one kernel with the norm that follows it. `place` is its number among the layers of this rank."""
 
-    def __init__(self, index: int, config: ModelConfig, row: Architecture, rope: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        index: int,
+        place: int,
+        config: ModelConfig,
+        row: Architecture,
+        rope: Tensor,
+        dtype: torch.dtype,
+        mesh: Mesh,
+    ) -> None:
         name = f"model.layers.{index}"
         self.index = index
+        self.place = place
         self.eps = config.rms_norm_eps
         self.input_norm = vector(f"{name}.input_layernorm.weight", config.hidden_size, dtype)
-        self.attention = Attention(f"{name}.self_attn", config, row, rope, dtype)
+        self.attention = Attention(f"{name}.self_attn", config, row, rope, dtype, mesh)
         self.post_norm = vector(f"{name}.post_attention_layernorm.weight", config.hidden_size, dtype)
-        self.feed_forward = FeedForward(f"{name}.mlp", config, row, dtype)
+        self.feed_forward = FeedForward(f"{name}.mlp", config, row, dtype, mesh)
 
     def __call__(self, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         if delta is None:
             h = rms_norm(x, self.input_norm, self.eps)
         else:
             x, h = add_rms_norm(x, delta, self.input_norm, self.eps)
-        x, h = add_rms_norm(x, self.attention(h, batch, self.index), self.post_norm, self.eps)
-        return x, self.feed_forward(h)
+        x, h = add_rms_norm(x, self.attention(h, batch, self.place), self.post_norm, self.eps)
+        return x, self.feed_forward(h, batch)

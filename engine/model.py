@@ -15,52 +15,101 @@ from torch.utils.checkpoint import checkpoint
 from engine.architectures import architecture_of
 from engine.batch import TokenBatch
 from engine.config import ModelConfig
-from engine.kernels.embedding import embedding
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope import rope_table
 from engine.kernels.weight import Weight
-from engine.layers import Layer, Linear, matrix, vector
+from engine.layers import Layer, matrix, vector
+from engine.parallel.shards import Placement, layer_chunks, row_shard
+from engine.parallel.tensor import all_rows, vocabulary_embedding
+from engine.parallel.vocabulary import vocabulary_logprob
+from engine.parts import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    Part,
+    PartialGradient,
+    layer_parts,
+    replicated,
+    tensor_shapes,
+    vocabulary_rows,
+)
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor of a Hugging Face checkpoint and the rows of ours that it fills."""
+class Chunk:
+    """Neighbouring layers that run on this rank in one go: a virtual stage of the pipeline."""
 
-    name: str
-    weight: Weight
-    row: int
-    shape: tuple[int, ...]
+    layers: list[Layer]
+    first: bool  # it begins with the embedding
+    last: bool  # it ends with the last norm
 
 
 class Transformer:
-    """A decoder-only transformer. Weights are made uninitialised: `initialize` or a checkpoint fills them."""
+    """A decoder-only transformer, or the part of it that a rank holds. Weights are made uninitialised: `initialize` or
+    a checkpoint fills them."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, placement: Placement | None = None) -> None:
+        self.placement = placement = placement or Placement()
+        mesh = placement.mesh
         row = architecture_of(config)
         rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.config = config
         self.dtype = dtype
+        self.mesh = mesh
         self.checkpointing = False  # recompute each layer in the backward instead of keeping its activations
-        self.embed = Weight(
-            "model.embed_tokens.weight",
-            (config.vocab_size, config.hidden_size),
-            dtype,
-            packed=config.tie_word_embeddings,
-        )
-        self.layers = [Layer(i, config, row, rope, dtype) for i in range(config.num_hidden_layers)]
-        self.norm = vector("model.norm.weight", config.hidden_size, dtype)
-        self.head = (
-            self.embed
-            if config.tie_word_embeddings
-            else matrix("lm_head.weight", config.vocab_size, config.hidden_size, dtype)
-        )
+        ranges = layer_chunks(config.num_hidden_layers, mesh.pp.size, placement.chunks_per_stage, mesh.pp.index)
+        self.layers: list[Layer] = []
+        self.chunks: list[Chunk] = []
+        for number, layers in enumerate(ranges):
+            here = [
+                Layer(index, len(self.layers) + place, config, row, rope, dtype, mesh)
+                for place, index in enumerate(layers)
+            ]
+            self.layers += here
+            first = number == 0 and mesh.pp.index == 0
+            last = number == len(ranges) - 1 and mesh.pp.index == mesh.pp.size - 1
+            self.chunks.append(Chunk(here, first, last))
+        self.vocabulary = row_shard(config.vocab_size, mesh.tp.size, mesh.tp.index)
+        rows, width, tied = self.vocabulary.size, config.hidden_size, config.tie_word_embeddings
+        if self.has_first:
+            self.embed = Weight(EMBEDDING, (rows, width), dtype, packed=tied)
+        if self.has_last:
+            self.norm = vector(NORM, width, dtype)
+            self.head = self.embed if tied and self.has_first else matrix(HEAD, rows, width, dtype)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """Hidden states after the last norm, [T, D]; `head` turns rows of them into logits."""
-        x, delta = self._run(self.layers[0], embedding(batch.tokens, self.embed), None, batch)  # [T] -> [T, D]
-        for layer in self.layers[1:]:
+    @property
+    def has_first(self) -> bool:
+        """Whether the embedding is on this rank."""
+        return self.chunks[0].first
+
+    @property
+    def has_last(self) -> bool:
+        """Whether the last norm and the head are on this rank."""
+        return self.chunks[-1].last
+
+    def forward(self, batch: TokenBatch, stream: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """Hidden states after the last norm, [T, D], all rows on every tensor-parallel rank.
+
+        A chunk of a pipeline takes the residual stream of the chunk before it (the first takes none) and returns its
+        own, [T, D], or this rank's share of the rows where the batch is scattered.
+        """
+        here = self.chunks[chunk]
+        group, rows = self.mesh.tp, batch.scattered_rows
+        if here.first:
+            stream = vocabulary_embedding(batch.tokens, self.embed, self.vocabulary.first, group, rows)  # [T] -> [T, D]
+        x, delta = stream, None
+        for layer in here.layers:
             x, delta = self._run(layer, x, delta, batch)
-        return add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1]  # [T, D]
+        if not here.last:
+            return x + delta  # the bits that the fused addition of the next layer would have made
+        return all_rows(add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1], group, rows)  # [T, D]
+
+    def token_logprob(
+        self, hidden: Tensor, targets: Tensor, inv_temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target and entropy of its distribution: [N, D], int32 [N] -> [N], [N]; the same on
+        every tensor-parallel rank. See `kernels.token_logprob`."""
+        return vocabulary_logprob(hidden, self.head, targets, inv_temperature, self.vocabulary.first, self.mesh.tp)
 
     def _run(self, layer: Layer, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         if self.checkpointing and torch.is_grad_enabled():
@@ -68,59 +117,64 @@ class Transformer:
         return layer(x, delta, batch)
 
     def parts(self) -> list[Part]:
-        """Every tensor of the checkpoint, in its order, with the rows of ours that it fills."""
+        """Every tensor of the checkpoint that this rank holds a region of, in the checkpoint's order."""
         return list(self._parts())
 
     def weights(self) -> list[Weight]:
-        """Each weight once, in a fixed order."""
+        """Each weight of this rank once, in a fixed order."""
         return list({id(part.weight): part.weight for part in self.parts()}.values())
 
+    def partial_gradients(self) -> list[PartialGradient]:
+        """What is left to be summed over tensor-parallel ranks when a backward is through, in a fixed order."""
+        tp = self.mesh.tp
+        if tp.size == 1:
+            return []
+        found: list[PartialGradient] = []
+        everyone = range(tp.size)
+        scattered = self.placement.sequence_parallel
+        for layer in self.layers:
+            at = layer.attention
+            if at.shard.replicas > 1:
+                begin = at.shard.heads.size * self.config.head_dim
+                first = tp.index // at.shard.replicas * at.shard.replicas
+                holders = range(first, first + at.shard.replicas)
+                fused = (weight for weight in (at.qkv.weight, at.qkv.bias) if weight)
+                found += [PartialGradient(weight, begin, weight.shape[0] - begin, holders) for weight in fused]
+            shared = [at.q_norm, at.k_norm]
+            if scattered:
+                shared += [layer.input_norm, layer.post_norm, at.out.bias, layer.feed_forward.down.bias]
+            found += [PartialGradient(weight, 0, weight.shape[0], everyone) for weight in shared if weight]
+        if scattered and self.has_last:
+            found.append(PartialGradient(self.norm, 0, self.norm.shape[0], everyone))
+        return found
+
     def initialize(self, seed: int) -> None:
-        """Random weights: normal with `initializer_range`, norms 1, biases 0; a function of (seed, tensor) alone."""
-        for index, part in enumerate(self.parts()):
+        """Random weights: normal with `initializer_range`, norms 1, biases 0; a function of (seed, tensor) alone, so
+        that every rank of any mesh begins with its regions of the same model."""
+        numbers = {name: number for number, name in enumerate(tensor_shapes(self.config))}
+        for part in self.parts():
             if part.name.endswith("bias"):
                 value = torch.zeros(part.shape)
             elif len(part.shape) == 1:
                 value = torch.ones(part.shape)
             else:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-                value = torch.randn(part.shape, generator=generator).mul_(self.config.initializer_range)
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + numbers[part.name])
+                value = torch.randn(part.whole, generator=generator).mul_(self.config.initializer_range)
+                value = value[part.region]
             part.weight.load_(value, row=part.row)
 
     def nbytes(self) -> int:
-        """Bytes of all compute weights."""
+        """Bytes of all compute weights of this rank."""
         return sum(weight.nbytes for weight in self.weights())
 
     def _parts(self) -> Iterator[Part]:
-        c = self.config
-        q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        yield _whole(self.embed)
-        for layer in self.layers:
-            at, ff = layer.attention, layer.feed_forward
-            yield from _rows(at.qkv, {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows})
-            yield from _rows(at.out, {"o_proj": c.hidden_size})
-            yield from (_whole(norm) for norm in (at.q_norm, at.k_norm) if norm)
-            yield from _rows(ff.gate_up, {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size})
-            yield from _rows(ff.down, {"down_proj": c.hidden_size})
-            yield _whole(layer.input_norm)
-            yield _whole(layer.post_norm)
-        yield _whole(self.norm)
-        if self.head is not self.embed:
-            yield _whole(self.head)
-
-
-def _whole(weight: Weight) -> Part:
-    return Part(weight.name, weight, 0, weight.shape)
-
-
-def _rows(module: Linear, pieces: dict[str, int]) -> Iterator[Part]:
-    """The pieces a fused matrix (and its bias) is made of: name -> rows, in order."""
-    for weight in (module.weight, module.bias):
-        if weight is None:
-            continue
-        path, kind = weight.name.rsplit(".", 1)
-        parent = path.rsplit(".", 1)[0]
-        row = 0
-        for piece, rows in pieces.items():
-            yield Part(f"{parent}.{piece}.{kind}", weight, row, (rows, *weight.shape[1:]))
-            row += rows
+        vocabulary, size, first = self.vocabulary, self.config.vocab_size, self.mesh.tp.index == 0
+        if self.has_first:
+            yield vocabulary_rows(self.embed, EMBEDDING, vocabulary, size)
+        for layer in sorted(self.layers, key=lambda layer: layer.index):
+            yield from layer_parts(layer, self.config, first)
+        if self.has_last:
+            yield replicated(self.norm, first)
+            if self.head is not self.embed:
+                tied = self.config.tie_word_embeddings  # then it is a copy of what the first stage owns
+                yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)

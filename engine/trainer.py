@@ -18,7 +18,7 @@ from engine.batch import TokenBatch
 from engine.config import EngineConfig
 from engine.errors import EngineError, InputError, NumericsError
 from engine.kernels.op import cpu_missing
-from engine.kernels.token_logprob import inverse_temperature, token_logprob
+from engine.kernels.token_logprob import inverse_temperature
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
@@ -169,9 +169,9 @@ class Trainer:
         packing = pack([len(sequences[i]) - 1 for i in chosen], self.config.train_batch_tokens)
         for members in packing.bins:
             batch = [sequences[chosen[i]] for i in members]
-            hidden = self.model.forward(TokenBatch.packed([tokens[:-1] for tokens in batch]))  # [T, D]
+            hidden = self.model.forward(self._packed([tokens[:-1] for tokens in batch]))  # [T, D]
             targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
-            logprobs, _ = token_logprob(hidden, self.model.head, targets, _temperatures([inverse], [len(targets)]))
+            logprobs, _ = self.model.token_logprob(hidden, targets, _temperatures([inverse], [len(targets)]))
             pieces = logprobs.split([len(tokens) - 1 for tokens in batch])
             for i, piece in zip(members, pieces, strict=True):
                 scored[chosen[i]] = piece.clone()
@@ -181,14 +181,14 @@ class Trainer:
         """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
         counts = [len(target.positions) for target in targets]
         with torch.inference_mode(False), torch.enable_grad():
-            hidden = self.model.forward(TokenBatch.packed([target.inputs for target in targets]))  # [T, D]
+            hidden = self.model.forward(self._packed([target.inputs for target in targets]))  # [T, D]
             starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
             rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
             if len(rows) < hidden.shape[0]:
                 hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
             inverse = _temperatures([target.inv_temperature for target in targets], counts)
             tokens = torch.cat([target.tokens for target in targets])
-            logprobs, entropy = token_logprob(hidden, self.model.head, tokens, inverse)
+            logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
             batch = LossBatch(
                 logprobs=logprobs,
                 entropy=entropy,
@@ -214,6 +214,9 @@ class Trainer:
         if len(difference):
             totals.max_difference = max(totals.max_difference or 0.0, float(difference.max()))
         return list(logprobs.detach().split(counts))
+
+    def _packed(self, sequences: list[list[int]]) -> TokenBatch:
+        return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
 
     def _target(self, index: int, sample: Sample, loss: Loss) -> _Target:
         where = f"sample {index}"

@@ -6,6 +6,8 @@ a training step. numpy asks Linux for 2 MiB pages for arrays of 4 MiB and more, 
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +38,14 @@ def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def shaped(block: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The beginning of a block as a tensor."""
     return block[: num_bytes(shape, dtype)].view(dtype).view(shape)
+
+
+def unowned(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's memory without a reference to it: for a recorded call, whose graph keeps the pool that the
+    block came from but lets others use it when the recording is past it."""
+    size = tensor.numel() * tensor.element_size()
+    raw = np.frombuffer((ctypes.c_byte * size).from_address(tensor.data_ptr()), dtype=np.uint8)
+    return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
 
 
 class Pool:

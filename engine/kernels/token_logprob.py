@@ -190,3 +190,17 @@ TOKEN_LOGPROB = Op(
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],
 )
+def row_chunks(rows, chunk): return _chunks(rows, chunk)
+def shard_statistics(logits, targets, inverse):
+    z = logits.double() if inverse is None else logits.double()*inverse.double()[:,None]
+    m = z.max(-1).values
+    e = (z-m[:,None]).exp()
+    tz = torch.where(targets>=0, z.gather(-1, targets.clamp_min(0).long()), -torch.inf)
+    return torch.cat([m[:,None], e.sum(-1,keepdim=True), (e*(z-m[:,None])).sum(-1,keepdim=True), tz],1)
+def fold_statistics(s):
+    M = s[:,:,0].max(0).values
+    tot=0; mom=0
+    for p in s:
+        w=(p[:,0]-M).exp(); tot=tot+p[:,1]*w; mom=mom+w*(p[:,2]+p[:,1]*(p[:,0]-M))
+    lt=tot.log(); z=s[:,:,3:].max(0).values
+    return (z-M[:,None]-lt[:,None]).float(), (lt-mom/tot).float(), torch.stack([M,lt],1).float()

@@ -14,9 +14,9 @@ from engine.kernels.attention import AttentionPlan, allocate_pages
 from engine.kernels.graph import Graph
 from engine.kernels.linear import linear
 from engine.kernels.op import cpu_missing
-from engine.kernels.sample_token import sample_token, top_logprobs
 from engine.kernels.token_logprob import inverse_temperature
 from engine.model import Transformer
+from engine.parallel.vocabulary import vocabulary_sample, vocabulary_top
 from engine.sampler.scheduler import Step
 from engine.sampler.slots import Slots
 
@@ -80,7 +80,8 @@ class Runner:
     def _sample(
         self, hidden: Tensor, step: Step, slots: Slots
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict[int, float]]]:
-        chunk = max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
+        vocab_size, group = self.model.config.vocab_size, self.model.mesh.tp
+        chunk = max(1, LOGITS_BYTES // (4 * vocab_size))
         count = len(step.sample_slots)
         tokens = np.empty(count, dtype=np.int32)
         logprobs, kept_mass = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.float32)
@@ -91,19 +92,20 @@ class Runner:
             rows = step.sample_rows[part]
             if step.forked:
                 rows, which = np.unique(rows, return_inverse=True)
-            logits = linear(take_rows(hidden, rows), self.model.head, out_dtype=torch.float32)  # [U, V]
+            logits = linear(take_rows(hidden, rows), self.model.head, out_dtype=torch.float32)  # [U, this rank's V]
             if step.forked:
-                logits = take_rows(logits, which)  # [R, V]: siblings fork from one row
+                logits = take_rows(logits, which)  # one row for each of R: siblings fork from one
             counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
             columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
             temperature, top_k, top_p, min_p, seed = (torch.from_numpy(c[chosen]) for c in columns)
-            drawn = sample_token(logits, temperature, top_k, top_p, min_p, seed, torch.from_numpy(counter))
+            settings = (temperature, top_k, top_p, min_p, seed, torch.from_numpy(counter))
+            drawn = vocabulary_sample(logits, *settings, vocab_size, group)
             tokens[part], logprobs[part], kept_mass[part] = (t.numpy() for t in drawn)
             for index in np.flatnonzero(slots.watched[chosen]).tolist():
                 slot = int(chosen[index])
                 if k := slots.sequence[slot].params.logprobs:  # type: ignore[union-attr]
                     heat = torch.tensor([inverse_temperature(float(slots.temperature[slot]))])
-                    ids, values = top_logprobs(logits[index : index + 1], k, heat)
+                    ids, values = vocabulary_top(logits[index : index + 1], k, heat, vocab_size, group)
                     alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
         return tokens, logprobs, kept_mass, alternatives
 
