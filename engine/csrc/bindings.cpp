@@ -20,6 +20,21 @@ static T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+using Shape = std::array<int64_t, 4>;                  // H, K, Dh, window
+using Rows = std::tuple<Address, int64_t, int64_t>;  // address, row size, rows
+
+static AttentionArguments attention_arguments(const AttentionPlan* plan, const AttentionPlan* kv_plan, int dtype,
+                                              const Shape& shape, float scale, float eps, const Rows& q, const Rows& kv,
+                                              Address rope, int64_t rope_positions, Address q_norm, Address k_norm,
+                                              Address out, Address lse) {
+  const auto [q_at, q_row_size, q_rows] = q;
+  const auto [kv_at, kv_row_size, kv_rows] = kv;
+  return {plan,      kv_plan,         DType(dtype), shape[0],       shape[1],   shape[2],  shape[3],
+          scale,     eps,             at(q_at),     q_row_size,     at(kv_at),  kv_row_size, kv_rows,
+          at<float>(rope), rope_positions, nullptr, nullptr, kv_plan->num_pages, at(q_norm), at(k_norm),
+          at(out),   at<float>(lse)};
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of the engine";
   m.def("isa", [] { return std::string(isa_name(isa())); });
@@ -80,30 +95,34 @@ PYBIND11_MODULE(_C, m) {
         plan.build(at<int32_t>(cu_seqlens), at<int32_t>(context_lens), at<int32_t>(positions), num_sequences,
                    at<int32_t>(block_tables), width, page_size);
       })
+      .def("build_segments", [](AttentionPlan& plan, const AttentionPlan& kv, Address begins, Address ends,
+                                int64_t num_segments) {
+        plan.build_segments(kv, at<int32_t>(begins), at<int32_t>(ends), num_segments);
+      })
       .def_readonly("num_pages", &AttentionPlan::num_pages)
       .def_readonly("version", &AttentionPlan::version);
   m.def("attention_forward",
-        [](const AttentionPlan* plan, int dtype, int64_t rows, std::array<int64_t, 4> shape, float scale, float eps,
-           Address qkv, Address rope, int64_t rope_positions, Address keys, Address values, int64_t num_pages,
-           Address q_norm, Address k_norm, Address out, Address lse) {
-          AttentionArguments args{plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps,
-                                  at(qkv), at<float>(rope), rope_positions, at(keys), at(values), num_pages,
-                                  at(q_norm), at(k_norm), at(out), at<float>(lse)};
-          launch(rows, [args](int64_t now) {
+        [](const AttentionPlan* plan, const AttentionPlan* kv_plan, int dtype, Shape shape, float scale, float eps,
+           Rows q, Rows kv, Address rope, int64_t rope_positions, Address q_norm, Address k_norm, Address out,
+           Address lse, Address keys, Address values, int64_t num_pages) {
+          AttentionArguments args = attention_arguments(plan, kv_plan, dtype, shape, scale, eps, q, kv, rope,
+                                                        rope_positions, q_norm, k_norm, out, lse);
+          args.keys = at(keys), args.values = at(values), args.num_pages = num_pages;
+          launch(std::get<2>(q), [args](int64_t now) {
             check_attention(args, now);
             attention_forward(args);
           });
         },
         NoGil());
   m.def("attention_backward",
-        [](const AttentionPlan* plan, int dtype, int64_t rows, std::array<int64_t, 4> shape, float scale, float eps,
-           Address qkv, Address rope, int64_t rope_positions, Address q_norm, Address k_norm, Address out, Address lse,
-           Address d_out, Address d_qkv, Address d_q_norm, Address d_k_norm) {
-          AttentionArguments args{plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps,
-                                  at(qkv), at<float>(rope), rope_positions, nullptr, nullptr, plan->num_pages,
-                                  at(q_norm), at(k_norm), at(out), at<float>(lse)};
-          check_attention(args, rows);
-          attention_backward(args, at(d_out), at(d_qkv), at<float>(d_q_norm), at<float>(d_k_norm));
+        [](const AttentionPlan* plan, const AttentionPlan* kv_plan, int dtype, Shape shape, float scale, float eps,
+           Rows q, Rows kv, Address rope, int64_t rope_positions, Address q_norm, Address k_norm, Address out,
+           Address lse, Address d_out, Rows d_q, Rows d_kv, Address d_q_norm, Address d_k_norm) {
+          const AttentionArguments args = attention_arguments(plan, kv_plan, dtype, shape, scale, eps, q, kv, rope,
+                                                              rope_positions, q_norm, k_norm, out, lse);
+          check_attention(args, std::get<2>(q));
+          attention_backward(args, {at(d_out), at(std::get<0>(d_q)), std::get<1>(d_q), at(std::get<0>(d_kv)),
+                                    std::get<1>(d_kv), at<float>(d_q_norm), at<float>(d_k_norm)});
         },
         NoGil());
 
@@ -151,6 +170,16 @@ PYBIND11_MODULE(_C, m) {
     logits_logprob_backward(dtype, at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature),
                             at<float>(stats), at<float>(entropy), at<float>(d_logprob), at<float>(d_entropy),
                             at(d_logits), rows, vocab);
+  }, NoGil());
+  m.def("shard_statistics", [](Address logits, Address targets, Address inv_temperature, Address statistics,
+                               int64_t rows, int64_t vocab, int64_t count) {
+    shard_statistics(at<float>(logits), at<int32_t>(targets), at<float>(inv_temperature), at<double>(statistics), rows,
+                     vocab, count);
+  }, NoGil());
+  m.def("fold_statistics", [](Address statistics, Address logprobs, Address entropy, Address stats, int64_t shards,
+                              int64_t rows, int64_t count) {
+    fold_statistics(at<double>(statistics), at<float>(logprobs), at<float>(entropy), at<float>(stats), shards, rows,
+                    count);
   }, NoGil());
   m.def("hash_seed", [](int64_t seed, int64_t counter) {
     return int64_t(hash_seed(uint64_t(seed), uint64_t(counter)));

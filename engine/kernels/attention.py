@@ -81,15 +81,22 @@ class AttentionPlan:
     """What attention knows of a batch: whose rows are whose, where keys live, and how the work is divided.
 
     Built once per batch and read by every layer. A recorded graph keeps the plan and replays attention for whatever it
-    holds at that time.
+    holds at that time. `AttentionPlan(kv_plan)` is a plan of queries alone: some rows of `kv_plan`, which says of all
+    rows where their keys live (see build_segments); without it `kv_plan` is the plan itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kv_plan: AttentionPlan | None = None) -> None:
+        self._kv_plan = kv_plan
         self.native = None if cpu_missing() else extension().AttentionPlan()
         self.version = 0  # counts builds
         self.num_tokens = 0
         self.num_pages = 0  # one more than the largest page named
         self.page_size = _BLOCK
+
+    @property
+    def kv_plan(self) -> AttentionPlan:
+        """The plan of the rows that keys and values come from."""
+        return self if self._kv_plan is None else self._kv_plan
 
     def build(
         self,
@@ -132,6 +139,35 @@ class AttentionPlan:
             raise InputError(str(error)) from None
         self.num_pages = self.native.num_pages
 
+    def build_segments(self, begins: Tensor | np.ndarray, ends: Tensor | np.ndarray) -> None:
+        """Makes queries of the rows [begins[i], ends[i]) of `kv_plan` (int32 [Q]), which must be built.
+
+        Segments are in the order of the rows and lie within a sequence each. A query sees the keys that it sees in
+        `kv_plan`, and is turned by the position it has there. `kv_plan` must stay as it is while this plan is used.
+        Raises InputError for other segments, and for a plan that was not made from a `kv_plan`.
+        """
+        kv = self._kv_plan
+        if kv is None:
+            raise InputError("this plan has no other plan's rows to choose from; make it as AttentionPlan(kv_plan)")
+        begins, ends = _int32(begins, "begins", 1), _int32(ends, "ends", 1)
+        if begins.shape != ends.shape:
+            raise InputError(f"there are {begins.shape[0]} begins and {ends.shape[0]} ends; a segment has one of each")
+        self.begins, self.ends = begins, ends
+        self.version += 1
+        self.page_size, self.num_pages, self.num_tokens = kv.page_size, kv.num_pages, int((ends - begins).sum())
+        if self.native is not None:
+            try:
+                self.native.build_segments(kv.native, begins.data_ptr(), ends.data_ptr(), begins.shape[0])
+            except ValueError as error:
+                raise InputError(str(error)) from None
+
+    def rows(self) -> Tensor:
+        """Which row of `kv_plan` each query is, int64 [T]."""
+        if self._kv_plan is None:
+            return torch.arange(self.num_tokens)
+        begins, ends = self.begins.tolist(), self.ends.tolist()
+        return torch.cat([torch.arange(0), *(torch.arange(b, e) for b, e in zip(begins, ends, strict=True))])
+
 
 def _int32(values: Tensor | np.ndarray, name: str, dims: int) -> Tensor:
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
@@ -149,6 +185,7 @@ def attention(
     values: Tensor | None = None,
     q_norm: Weight | None = None,
     k_norm: Weight | None = None,
+    kv: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed rows, [T, (H + 2K) Dh] -> [T, H Dh] in qkv's dtype.
 
@@ -162,43 +199,55 @@ def attention(
     lie and however large they are. Under grad (without pages) the backward returns dqkv and adds to the norms'
     `grad_buffer()`; it runs on the plan, which must still be as built. Raises InputError for shapes or dtypes that do
     not match, and for gradients through a cache.
+
+    With `kv` [T_kv, 2K Dh], `qkv` holds query heads only, [T, H Dh], of the rows that `plan` chooses of
+    `plan.kv_plan`, and `kv` the key and value heads of all its rows (rows of either may be apart). Outputs have the
+    bits that these rows have in attention of all rows. The gradients of `kv` and of `k_norm` are then the sums over
+    these queries: those over all queries are the sums of them, since going back through RoPE and norm is linear.
     """
-    _check(qkv, spec, rope, plan, keys, values, q_norm, k_norm)
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    _check(qkv, spec, rope, plan, keys, values, q_norm, k_norm, kv)
+    if torch.is_grad_enabled() and (qkv.requires_grad or (kv is not None and kv.requires_grad)):
         if keys is not None:
             raise InputError("attention has no gradient through a KV cache; call it without keys and values")
-        return _Attention.apply(qkv, spec, rope, plan, q_norm, k_norm)
-    return OP["forward"](qkv.detach(), spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
+        return _Attention.apply(qkv, kv, spec, rope, plan, q_norm, k_norm)
+    kv = None if kv is None else kv.detach()
+    return OP["forward"](qkv.detach(), kv, spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
 
 
 class _Attention(torch.autograd.Function):
-    """Saves qkv, the output and the softmax's logarithm [T, H]; probabilities are computed again."""
+    """Saves qkv, kv, the output and the softmax's logarithm [T, H]; probabilities are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
+    def forward(ctx: Any, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
                 q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
-        out, lse = OP["forward"](qkv, spec, rope, plan, None, None, q_norm, k_norm, True)
-        ctx.save_for_backward(qkv, out, lse)
+        out, lse = OP["forward"](qkv, kv, spec, rope, plan, None, None, q_norm, k_norm, True)
+        ctx.save_for_backward(qkv, kv, out, lse)
         ctx.spec, ctx.rope, ctx.plan, ctx.q_norm, ctx.k_norm = spec, rope, plan, q_norm, k_norm
-        ctx.version = plan.version
+        ctx.version = plan.version, plan.kv_plan.version
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.plan.version != ctx.version:
+        if (ctx.plan.version, ctx.plan.kv_plan.version) != ctx.version:
             raise InputError("the attention plan was built anew between forward and backward; use one plan per batch")
-        qkv, out, lse = ctx.saved_tensors
-        d_qkv = OP["backward"](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, ctx.spec, ctx.rope, ctx.plan,
-                               ctx.q_norm, ctx.k_norm)  # fmt: skip
-        return d_qkv, None, None, None, None, None
+        qkv, kv, out, lse = ctx.saved_tensors
+        d_qkv, d_kv = OP["backward"](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, kv, ctx.spec, ctx.rope, ctx.plan,
+                                     ctx.q_norm, ctx.k_norm)  # fmt: skip
+        return d_qkv, d_kv, None, None, None, None, None
 
 
 def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
-           values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None) -> None:  # fmt: skip
+           values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
+           kv: Tensor | None) -> None:  # fmt: skip
     if qkv.dtype not in DTYPES:
         raise InputError(f"qkv is {qkv.dtype}; attention takes torch.float32 and torch.bfloat16")
-    if qkv.dim() != 2 or qkv.shape[1] != spec.row_size or not qkv.is_contiguous():
-        raise InputError(f"qkv is {tuple(qkv.shape)}; {spec} needs contiguous [T, {spec.row_size}]")
+    if kv is None:
+        if plan.kv_plan is not plan:
+            raise InputError("the plan is of queries alone; attention with it needs kv, the rows of plan.kv_plan")
+        if qkv.dim() != 2 or qkv.shape[1] != spec.row_size or not qkv.is_contiguous():
+            raise InputError(f"qkv is {tuple(qkv.shape)}; {spec} needs contiguous [T, {spec.row_size}]")
+    else:
+        _check_apart(qkv, kv, spec, plan)
     if rope.dtype != torch.float32 or rope.dim() != 2 or rope.shape[1] != spec.head_dim or not rope.is_contiguous():
         raise InputError(f"rope is {rope.dtype} {tuple(rope.shape)}; attention needs fp32 [P, {spec.head_dim}]")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
@@ -207,11 +256,11 @@ def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, 
     if (keys is None) != (values is None):
         raise InputError("keys and values go together: give both or neither")
     if keys is None:
-        if plan.block_tables is not None:
+        if plan.kv_plan.block_tables is not None:
             raise InputError("the plan has block tables; attention with them needs keys and values")
         return
     assert values is not None
-    if plan.block_tables is None:
+    if plan.kv_plan.block_tables is None:
         raise InputError("the plan has no block tables; attention with keys and values needs them")
     size = spec.num_kv_heads * plan.page_size
     for name, pages, columns in (
@@ -225,6 +274,20 @@ def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, 
             )
     if keys.shape[0] != values.shape[0]:
         raise InputError(f"there are {keys.shape[0]} pages of keys and {values.shape[0]} of values; give as many")
+
+
+def _check_apart(q: Tensor, kv: Tensor, spec: AttentionSpec, plan: AttentionPlan) -> None:
+    queries = spec.num_heads * spec.head_dim
+    for name, x, columns in (("qkv", q, queries), ("kv", kv, spec.row_size - queries)):
+        if x.dim() != 2 or x.shape[1] != columns or x.stride(1) != 1 or x.dtype != q.dtype:
+            raise InputError(
+                f"{name} is {x.dtype} {tuple(x.shape)}; keys and values apart from queries take {q.dtype} rows of "
+                f"{columns} for {spec}"
+            )
+    if plan.kv_plan is plan:
+        raise InputError("kv is given, so the plan must be one of queries alone; make it as AttentionPlan(kv_plan)")
+    if kv.shape[0] < plan.kv_plan.num_tokens:
+        raise InputError(f"kv has {kv.shape[0]} rows and its plan {plan.kv_plan.num_tokens}")
 
 
 def _depth(spec: AttentionSpec, dtype: torch.dtype) -> int:
@@ -242,35 +305,47 @@ def _page_shapes(spec: AttentionSpec, page_size: int, dtype: torch.dtype) -> tup
 # ---- the definition, in torch ----
 
 
-def _definition(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
-                values: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:  # fmt: skip
-    heads = qkv.float().view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-    q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
-    q, k = (_norm_and_turn(x, w, spec.eps, rope, plan).to(qkv.dtype).float() for x, w in ((q, q_norm), (k, k_norm)))
-    outs = []
-    for s, context in enumerate(plan.context_lens.tolist()):
-        begin, end = plan.cu_seqlens[s : s + 2].tolist()
+def _definition(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
+                keys: Tensor | None, values: Tensor | None, q_norm: Tensor | None,
+                k_norm: Tensor | None) -> Tensor:  # fmt: skip
+    dtype = qkv.dtype
+    kv_plan, queries = plan.kv_plan, spec.num_heads * spec.head_dim
+    q, kv = (qkv, kv) if kv is not None else qkv.split([queries, qkv.shape[1] - queries], 1)
+    q, kv = (_wide(x).unflatten(1, (-1, spec.head_dim)) for x in (q, kv))
+    k, v = kv[: kv_plan.num_tokens].chunk(2, 1)
+    at = plan.rows()  # the row of `k` and `v` that each query is
+    q = _wide(_norm_and_turn(q, q_norm, spec.eps, rope, kv_plan.positions[at]).to(dtype))
+    k = _wide(_norm_and_turn(k, k_norm, spec.eps, rope, kv_plan.positions).to(dtype))
+    outs = [q.new_empty(0, spec.num_heads, spec.head_dim)]
+    for s, context in enumerate(kv_plan.context_lens.tolist()):
+        begin, end = kv_plan.cu_seqlens[s : s + 2].tolist()
         if keys is None or values is None:
             sequence_k, sequence_v = k[begin:end], v[begin:end]
         else:
-            pages = plan.block_tables[s]  # type: ignore[index]
-            _write(keys, values, k[begin:end], v[begin:end], pages, context, spec, plan.page_size)
-            sequence_k, sequence_v = _read(keys, values, pages, context, spec, plan.page_size)
-        query = torch.arange(context - (end - begin), context)[:, None]
+            pages = kv_plan.block_tables[s]  # type: ignore[index]
+            _write(keys, values, k[begin:end], v[begin:end], pages, context, spec, kv_plan.page_size)
+            sequence_k, sequence_v = _read(keys, values, pages, context, spec, kv_plan.page_size)
+        own = (at >= begin) & (at < end)
+        query = (at[own] - end + context)[:, None]
         key = torch.arange(sequence_k.shape[0])[None]
         visible = (key <= query) & (key > query - (spec.window or context + 1))
         repeats = spec.num_heads // spec.num_kv_heads
         sequence_k, sequence_v = (x.repeat_interleave(repeats, 1) for x in (sequence_k, sequence_v))
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end], sequence_k) * spec.scale
+        scores = torch.einsum("qhd,khd->hqk", q[own], sequence_k) * spec.scale
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, sequence_v))
-    return torch.cat(outs).flatten(1).to(qkv.dtype)
+    return torch.cat(outs).flatten(1).to(dtype)
 
 
-def _norm_and_turn(x: Tensor, weight: Tensor | None, eps: float, rope: Tensor, plan: AttentionPlan) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
+    """What the definition computes in: fp32, or float64 where that is given."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _norm_and_turn(x: Tensor, weight: Tensor | None, eps: float, rope: Tensor, positions: Tensor) -> Tensor:
     if weight is not None:
-        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
-    return apply_rope(x, rope, plan.positions)
+        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
+    return apply_rope(x, rope, positions)
 
 
 def _slots(pages: Tensor, begin: int, end: int, page_size: int) -> tuple[Tensor, Tensor]:
@@ -299,46 +374,58 @@ def _read(keys: Tensor, values: Tensor, pages: Tensor, context: int, spec: Atten
     return k.float(), v.float()
 
 
-def _torch_forward(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
-                   values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
+def _torch_forward(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
+                   keys: Tensor | None, values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
                    want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     with torch.no_grad():
         norms = (None if w is None else w.data for w in (q_norm, k_norm))
-        return _definition(qkv, spec, rope, plan, keys, values, *norms), None
+        return _definition(qkv, kv, spec, rope, plan, keys, values, *norms), None
 
 
-def _torch_backward(d_out: Tensor, out: Tensor, lse: Tensor | None, qkv: Tensor, spec: AttentionSpec, rope: Tensor,
-                    plan: AttentionPlan, q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
+def _torch_backward(d_out: Tensor, out: Tensor, lse: Tensor | None, qkv: Tensor, kv: Tensor | None,
+                    spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, q_norm: Weight | None,
+                    k_norm: Weight | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     norms = [None if w is None else w.data.detach().requires_grad_() for w in (q_norm, k_norm)]
     given = [w for w in norms if w is not None]
     with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        d_qkv, *d_norms = torch.autograd.grad(_definition(leaf, spec, rope, plan, None, None, *norms),
-                                              [leaf, *given], d_out)  # fmt: skip
+        leaves = [x.detach().requires_grad_() for x in (qkv, kv) if x is not None]
+        out = _definition(leaves[0], leaves[1] if kv is not None else None, spec, rope, plan, None, None, *norms)
+        d_leaves = torch.autograd.grad(out, [*leaves, *given], d_out)
+    d_rows, d_norms = d_leaves[: len(leaves)], d_leaves[len(leaves) :]
     for weight, gradient in zip([w for w in (q_norm, k_norm) if w is not None], d_norms, strict=True):
         weight.grad_buffer().add_(gradient)
-    return d_qkv
+    return d_rows[0], d_rows[1] if kv is not None else None
 
 
 # ---- C++: csrc/cpu/attention.inl ----
 
 
-def _shared_arguments(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan) -> tuple[Any, ...]:
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    """Address, elements from a row to the next, rows."""
+    return x.data_ptr(), x.stride(0), x.shape[0]
+
+
+def _apart(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Queries, and keys with values: columns of qkv where they are not given apart."""
+    return (qkv, qkv[:, spec.num_heads * spec.head_dim :]) if kv is None else (qkv, kv)
+
+
+def _shared_arguments(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
+                      q_norm: Weight | None, k_norm: Weight | None, out: Tensor,
+                      lse: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
     shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.window or 0)
-    return (plan.native, DTYPES[qkv.dtype], qkv.shape[0], shape, spec.scale, spec.eps, qkv.data_ptr(), rope.data_ptr(),
-            rope.shape[0])  # fmt: skip
-
-
-def _data(norm: Weight | None) -> int:
-    return 0 if norm is None else norm.data.data_ptr()
+    norms = (0 if norm is None else norm.data.data_ptr() for norm in (q_norm, k_norm))
+    return (plan.native, plan.kv_plan.native, DTYPES[qkv.dtype], shape, spec.scale, spec.eps,
+            *map(_rows, _apart(qkv, kv, spec)), rope.data_ptr(), rope.shape[0], *norms, out.data_ptr(),
+            0 if lse is None else lse.data_ptr())  # fmt: skip
 
 
 def _gradient(norm: Weight | None) -> int:
     return 0 if norm is None else norm.grad_buffer().data_ptr()
 
 
-def _cpu_forward(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
-                 values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
+def _cpu_forward(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
+                 keys: Tensor | None, values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
                  want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if keys is None or values is None:
         size = spec.num_kv_heads * plan.page_size
@@ -347,22 +434,22 @@ def _cpu_forward(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: Attention
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32) if want_lse else None
     extension().attention_forward(
-        *_shared_arguments(qkv, spec, rope, plan), keys.data_ptr(), values.data_ptr(), keys.shape[0],
-        _data(q_norm), _data(k_norm), out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
+        *_shared_arguments(qkv, kv, spec, rope, plan, q_norm, k_norm, out, lse),
+        keys.data_ptr(), values.data_ptr(), keys.shape[0],
     )  # fmt: skip
     return out, lse
 
 
-def _cpu_backward(d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, spec: AttentionSpec, rope: Tensor,
-                  plan: AttentionPlan, q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
+def _cpu_backward(d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec,
+                  rope: Tensor, plan: AttentionPlan, q_norm: Weight | None,
+                  k_norm: Weight | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     d_qkv = empty(tuple(qkv.shape), qkv.dtype)
+    d_kv = None if kv is None else empty(tuple(kv.shape), kv.dtype)
     extension().attention_backward(
-        *_shared_arguments(qkv, spec, rope, plan), _data(q_norm), _data(k_norm),
-        out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), d_qkv.data_ptr(),
-        _gradient(q_norm), _gradient(k_norm),
+        *_shared_arguments(qkv, kv, spec, rope, plan, q_norm, k_norm, out, lse), d_out.data_ptr(),
+        *map(_rows, _apart(d_qkv, d_kv, spec)), _gradient(q_norm), _gradient(k_norm),
     )  # fmt: skip
-    return d_qkv
+    return d_qkv, d_kv
 
 
 OP = Op(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,14 +49,55 @@ def linear_grad_input(dy: Tensor, weight: Weight) -> Tensor:
 def linear_grad_weight_(dy: Tensor, x: Tensor, weight: Weight) -> None:
     """`weight.grad_buffer()` += dy^T x, for dy [T, N], rounded to the weight's dtype first, and x [T, K]; fp32 sums.
 
-    Raises InputError for shapes or dtypes that do not match.
+    Inside `deferred_weight_gradients` it is queued instead. Raises InputError for shapes or dtypes that do not match.
     """
     dy = dy.to(weight.dtype)
     _check(dy, weight, "dy", weight.shape[0])
     _check(x, weight, "x", weight.shape[1])
     if dy.shape[0] != x.shape[0]:
         raise InputError(f"dy has {dy.shape[0]} rows and x has {x.shape[0]}; they are of the same tokens")
-    OP["grad_weight_"](_rows(dy), _rows(x), weight)
+    if _deferred is not None:
+        _deferred.add(_rows(dy), _rows(x), weight)
+    else:
+        OP["grad_weight_"](_rows(dy), _rows(x), weight)
+
+
+class WeightGradients:
+    """Weight gradients that wait, in the order in which they were asked for. Each keeps its dy and x alive."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor, Weight]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, dy: Tensor, x: Tensor, weight: Weight) -> None:
+        """dy [T, N] and x [T, K] must not change until `run`."""
+        self._waiting.append((dy, x, weight))
+
+    def run(self) -> None:
+        """Adds them to their buffers, oldest first, and lets go of them."""
+        waiting, self._waiting = self._waiting, []
+        for dy, x, weight in waiting:
+            OP["grad_weight_"](dy, x, weight)
+
+
+_deferred: WeightGradients | None = None
+
+
+@contextmanager
+def deferred_weight_gradients() -> Iterator[WeightGradients]:
+    """Backwards inside this block compute gradients of activations, norms and biases, and queue those of matrices.
+
+    The queue's `run` adds them later, in the order of the backwards, and therefore with the same bits. A zero-bubble
+    pipeline (arXiv 2401.10241) fills idle time with them.
+    """
+    global _deferred
+    before, _deferred = _deferred, WeightGradients()
+    try:
+        yield _deferred
+    finally:
+        _deferred = before
 
 
 def linear_grad_bias_(dy: Tensor, bias: Weight) -> None:

@@ -29,15 +29,18 @@ def rms_norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
     return RMS_NORM["forward"](x, None, weight.data, eps, False)[1]
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
     """The residual stream after an addition and its norm: [T, D], [T, D] -> (x + delta, rms_norm(x + delta)).
 
-    The sum is rounded to the dtype before it is normalised, so this equals the two steps apart to the last bit.
-    Gradients and errors are those of `rms_norm`.
+    The sum is rounded to the dtype before it is normalised, so this equals the two steps apart to the last bit. With
+    delta None, x is the sum already (as between two stages of a pipeline): the outputs and the gradient of the sum,
+    which is rounded once, have the bits that they would have had with the addition in here. Gradients and errors are
+    those of `rms_norm`.
     """
     _check(x, weight)
-    check("delta", delta, tuple(x.shape), x.dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+    if delta is not None:
+        check("delta", delta, tuple(x.shape), x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
         return _AddRMSNorm.apply(x, delta, weight, eps)
     return RMS_NORM["forward"](x, delta, weight.data, eps, False)[:2]
 
@@ -69,17 +72,18 @@ class _RMSNorm(torch.autograd.Function):
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
         ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(), weight, eps
         ctx.set_materialize_grads(False)  # nothing reads the last layer's sum: its gradient is None, not zeros
         total, out, rstd = ctx.backend.functions["forward"](x, delta, weight.data, eps, True)
+        ctx.has_delta = delta is not None
         ctx.save_for_backward(total, rstd)
-        return total, out
+        return total if ctx.has_delta else total.view_as(total), out
 
     @staticmethod
     def backward(ctx: Any, d_sum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         d = d_sum if dy is None else _backward(ctx, d_sum, dy)
-        return d, d, None, None
+        return d, d if ctx.has_delta else None, None, None
 
 
 def _backward(ctx: Any, d_sum: Tensor | None, dy: Tensor) -> Tensor:

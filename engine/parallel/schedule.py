@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 from engine.errors import ConfigError, nearest
 
@@ -45,8 +45,9 @@ class Action:
 class Schedule:
     """`actions[rank]` in the order that rank does them.
 
-    Within a (rank, chunk) weight gradients come in ascending order of micro-batches, as on a single rank: sums of
-    floating-point numbers depend on their order, and so do the bits of a gradient.
+    Within a (rank, chunk) gradients come in ascending order of micro-batches, as on a single rank: sums of
+    floating-point numbers depend on their order, and so do the bits of a weight's gradient. (Those of vectors are
+    cheap and are added by the INPUT_GRAD already, so its order counts too.)
     """
 
     name: str
@@ -255,7 +256,7 @@ def _describe(plan: Schedule, stuck: dict[int, _Result], end: list[list[float]])
 def check(plan: Schedule) -> None:
     """Lets a schedule pass that an executor can run to the end with the bits of a single rank.
 
-    Raises ConfigError where a (micro-batch, chunk) is left out or done twice, where weight gradients of a chunk are not
+    Raises ConfigError where a (micro-batch, chunk) is left out or done twice, where gradients of a chunk are not added
     in ascending order of micro-batches, and where the lists deadlock.
     """
     cells = Counter((m, c) for m in range(plan.num_micro_batches) for c in range(plan.num_chunks))
@@ -269,10 +270,10 @@ def check(plan: Schedule) -> None:
                 raise ConfigError(
                     f"{where} has {found[m, c]} actions {names} for micro-batch {m} in chunk {c}, not {cells[m, c]}"
                 )
-        for chunk in range(plan.num_chunks):
-            order = [a.micro_batch for a in actions if a.chunk == chunk and a.kind in (BACKWARD, WEIGHT_GRAD)]
+        for chunk, last in product(range(plan.num_chunks), (INPUT_GRAD, WEIGHT_GRAD)):
+            order = [a.micro_batch for a in actions if a.chunk == chunk and a.kind in (BACKWARD, last)]
             if order != sorted(order):
-                raise ConfigError(f"{where} adds weight gradients of chunk {chunk} in the order {order}; sort them")
+                raise ConfigError(f"{where} adds gradients of chunk {chunk} in the order {order}; sort them")
     simulate(plan)
 
 

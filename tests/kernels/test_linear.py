@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.graph import Graph, empty
-from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
+from engine.kernels.linear import deferred_weight_gradients, linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.op import cpu_missing, extension, isas, use_backend, use_isa
 from engine.kernels.weight import Weight
 from tests.row_invariance import assert_row_invariant, assert_same_bits
@@ -267,3 +267,39 @@ def test_mismatches_are_refused_with_the_names_and_sizes() -> None:
         linear_grad_weight_(torch.zeros(3, 8), torch.zeros(2, 4), weight)
     with pytest.raises(InputError, match=r"stored dense"):
         linear(torch.zeros(3, 4), Weight("w", (8, 4), torch.float32, packed=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deferred_weight_gradients_have_the_same_bits(dtype: torch.dtype) -> None:
+    """Two calls of one weight, deferred, with another weight's in between."""
+    gradients = []
+    for deferred in (False, True):
+        (first, bias), (second, _) = make(49, 65, dtype, bias=True), make(65, 49, dtype, seed=1)
+        x = torch.randn(33, 65, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        y = linear(linear(linear(x, first, bias), second), first, bias)
+        if deferred:
+            with deferred_weight_gradients() as queue:
+                y.backward(torch.ones_like(y))
+            assert first.grad is None and second.grad is None
+            assert len(queue) == 3
+            assert bias is not None and bias.grad is not None  # a vector's gradient costs nothing: it is there at once
+            queue.run()
+            assert len(queue) == 0
+        else:
+            y.backward(torch.ones_like(y))
+        gradients.append([first.grad_buffer(), second.grad_buffer(), x.grad])
+    for at_once, later in zip(*gradients, strict=True):
+        assert_same_bits(later, at_once, "gradient")
+
+
+def test_weight_gradients_are_deferred_inside_the_block_only() -> None:
+    weight, _ = make(8, 8, torch.float32)
+    x = torch.ones(3, 8)
+    with pytest.raises(RuntimeError, match="on purpose"), deferred_weight_gradients() as outer:
+        with deferred_weight_gradients() as inner:
+            linear_grad_weight_(x, x, weight)
+        linear_grad_weight_(x, x, weight)
+        assert (len(outer), len(inner)) == (1, 1)
+        raise RuntimeError("on purpose")
+    linear_grad_weight_(x, x, weight)
+    assert torch.equal(weight.grad_buffer(), torch.full((8, 8), 3.0))

@@ -44,6 +44,23 @@ def test_fused_addition_equals_two_steps_bitwise(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_sum_made_before_has_the_same_bits_and_gradients(backend, dtype):
+    """A stage of a pipeline that receives x + delta goes on as if it had added them itself."""
+    x, delta, a, b = (randn(9, 41, seed=s).to(dtype) for s in range(4))
+    found = []
+    for before in (False, True):
+        weight = weight_of(randn(41), dtype)
+        leaf = (x + delta if before else x.clone()).requires_grad_()
+        with use_backend(backend):
+            outputs = add_rms_norm(leaf, None if before else delta, weight, EPS)
+            torch.autograd.backward(outputs, [a, b])
+        found.append([*outputs, grad_of(leaf), grad_of(weight)])
+    for what, apart, fused in zip(("sum", "norm", "dx", "dw"), *found, strict=True):
+        assert_same_bits(apart, fused, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_row_invariant(isa, dtype):
     weight, x = weight_of(randn(41), dtype), randn(37, 82).to(dtype)

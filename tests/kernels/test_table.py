@@ -1,7 +1,17 @@
 from engine.kernels.op import use_backend
 from engine.kernels.table import rows
 
-OPS = {"adamw", "attention", "embedding", "linear", "rms_norm", "sample_token", "swiglu", "token_logprob"}
+OPS = {
+    "adamw",
+    "attention",
+    "embedding",
+    "linear",
+    "rms_norm",
+    "sample_token",
+    "shard_logprob",
+    "swiglu",
+    "token_logprob",
+}
 
 
 def test_every_op_is_listed_with_one_chosen_backend():

@@ -77,9 +77,9 @@ def test_every_micro_batch_passes_every_chunk_once_per_kind(plan: Schedule) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(plans())
-def test_weight_gradients_of_a_chunk_come_in_ascending_order(plan: Schedule) -> None:
-    for actions, chunk in product(plan.actions, range(plan.num_chunks)):
-        order = [a.micro_batch for a in actions if a.chunk == chunk and a.kind in (BACKWARD, WEIGHT_GRAD)]
+def test_gradients_of_a_chunk_come_in_ascending_order(plan: Schedule) -> None:
+    for actions, chunk, kind in product(plan.actions, range(plan.num_chunks), (INPUT_GRAD, WEIGHT_GRAD)):
+        order = [a.micro_batch for a in actions if a.chunk == chunk and a.kind in (BACKWARD, kind)]
         assert order == list(range(plan.num_micro_batches))
 
 

@@ -61,17 +61,14 @@ SIMD_INLINE void write_value(const bf16* value, bf16* panels, int64_t slot, cons
 template <class T>
 static void write_run(const AttentionArguments& args, const KeyRun& run, int64_t head) {
   const Layout<T> layout(args);
-  const AttentionPlan& plan = *args.plan;
-  const int64_t row_size = (args.num_heads + 2 * args.num_kv_heads) * args.head_dim;
-  const T* qkv = static_cast<const T*>(args.qkv);
   T* block = layout.key_block(static_cast<T*>(args.keys), run.page, head, run.slot);
   const int words = layout.depth / kPair<T>;
   alignas(64) T key[kMaxHeadDim + 16] = {};
   for (int i = 0; i < run.num_tokens; i++) {
     const int64_t token = run.first_token + i, slot = run.slot + i;
-    const T* x = qkv + token * row_size + (args.num_heads + head) * args.head_dim;
-    norm_and_rotate(x, static_cast<const T*>(args.k_norm), args.eps, args.rope + plan.positions[token] * layout.dim,
-                    layout.dim, key);
+    const T* x = static_cast<const T*>(args.kv) + token * args.kv_row_size + head * args.head_dim;
+    norm_and_rotate(x, static_cast<const T*>(args.k_norm), args.eps,
+                    args.rope + args.kv_plan->positions[token] * layout.dim, layout.dim, key);
     for (int w = 0; w < words; w++)
       std::memcpy(block + (w * kBlock + slot % kBlock) * kPair<T>, key + w * kPair<T>, 4);
     write_value(x + args.num_kv_heads * args.head_dim,
@@ -251,12 +248,11 @@ static void attend_task(const AttentionArguments& args, const AttentionTask& tas
   const Layout<T> layout(args);
   const AttentionPlan& plan = *args.plan;
   const int64_t group = args.num_heads / args.num_kv_heads, rows = task.num_tokens * group;
-  const int64_t row_size = (args.num_heads + 2 * args.num_kv_heads) * args.head_dim;
   Workspace<T> work(rows, layout);
   for (int64_t row = 0; row < rows; row++) {
     const int64_t token = task.first_token + row / group;
     T* query = work.queries + row * layout.depth;
-    norm_and_rotate(static_cast<const T*>(args.qkv) + token * row_size + (head * group + row % group) * layout.dim,
+    norm_and_rotate(static_cast<const T*>(args.q) + token * args.q_row_size + (head * group + row % group) * layout.dim,
                     static_cast<const T*>(args.q_norm), args.eps, args.rope + plan.positions[token] * layout.dim,
                     layout.dim, query);
     for (int d = layout.dim; d < layout.depth; d++) query[d] = T{};
@@ -283,10 +279,11 @@ static void attend_task(const AttentionArguments& args, const AttentionTask& tas
 template <class T>
 static void attention_of(const AttentionArguments& args) {
   const AttentionPlan& plan = *args.plan;
+  const std::vector<KeyRun>& runs = args.kv_plan->runs;
   const int64_t heads = args.num_kv_heads;
-  const int64_t run_items = int64_t(plan.runs.size()) * heads;
+  const int64_t run_items = int64_t(runs.size()) * heads;
   parallel_for(run_items, std::max<int64_t>(1, run_items / (8 * num_threads())), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) write_run<T>(args, plan.runs[i / heads], i % heads);
+    for (int64_t i = begin; i < end; i++) write_run<T>(args, runs[i / heads], i % heads);
   });
   // Where tasks abound, a thread takes all heads of one: they lie side by side in its pages.
   const int64_t tasks = int64_t(plan.tasks.size()), grain = tasks >= 8 * num_threads() ? heads : 1;

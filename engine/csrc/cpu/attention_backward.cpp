@@ -8,11 +8,9 @@
 
 namespace caduceus {
 
-struct AttentionBackwardArguments {
-  const void* d_out;          // [T, H Dh]
-  void* d_qkv;                // [T, (H + 2 K) Dh]
+struct AttentionBackwardArguments : AttentionGradients {
   float* partial_norms;       // [S, K, 2, Dh] gradients of q_norm and k_norm, per item
-  const int32_t* sequences;   // those with rows, the longest first
+  const int32_t* sequences;   // of the keys' plan, those with rows, the one with most queries first
   int64_t num_items;          // (sequence, kv head) pairs
 };
 
@@ -24,23 +22,22 @@ struct AttentionBackwardArguments {
 
 namespace caduceus {
 
-void attention_backward(const AttentionArguments& args, const void* d_out, void* d_qkv, float* d_q_norm,
-                        float* d_k_norm) {
-  const AttentionPlan& plan = *args.plan;
+void attention_backward(const AttentionArguments& args, const AttentionGradients& given) {
+  const AttentionPlan &plan = *args.kv_plan, &queries = *args.plan;
   const int64_t heads = args.num_kv_heads, dim = args.head_dim;
   auto length = [&](int32_t s) { return plan.cu_seqlens[s + 1] - plan.cu_seqlens[s]; };
+  auto num_queries = [&](int32_t s) { return queries.query_starts[s + 1] - queries.query_starts[s]; };
   std::vector<int32_t> sequences(size_t(plan.num_sequences));
   std::iota(sequences.begin(), sequences.end(), 0);
   std::erase_if(sequences, [&](int32_t s) { return length(s) == 0; });
-  std::stable_sort(sequences.begin(), sequences.end(), [&](int32_t a, int32_t b) { return length(a) > length(b); });
+  std::stable_sort(sequences.begin(), sequences.end(), [&](int32_t a, int32_t b) { return num_queries(a) > num_queries(b); });
   std::vector<float> partial(size_t(plan.num_sequences * heads * 2 * dim));
-  const AttentionBackwardArguments grads{d_out, d_qkv, partial.data(), sequences.data(),
-                                         int64_t(sequences.size()) * heads};
+  const AttentionBackwardArguments grads{given, partial.data(), sequences.data(), int64_t(sequences.size()) * heads};
   CADUCEUS_DISPATCH5(attention_backward(args, grads));
   for (int64_t item = 0; item < plan.num_sequences * heads; item++)  // in the order of the batch
     for (int64_t d = 0; d < dim; d++) {
-      if (d_q_norm) d_q_norm[d] += partial[item * 2 * dim + d];
-      if (d_k_norm) d_k_norm[d] += partial[(item * 2 + 1) * dim + d];
+      if (given.d_q_norm) given.d_q_norm[d] += partial[item * 2 * dim + d];
+      if (given.d_k_norm) given.d_k_norm[d] += partial[(item * 2 + 1) * dim + d];
     }
 }
 

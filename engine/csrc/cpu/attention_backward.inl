@@ -105,24 +105,30 @@ template <class T>
 struct BackwardItem {
   const AttentionArguments& args;
   const AttentionBackwardArguments& grads;
-  const AttentionPlan& plan = *args.plan;
-  int64_t sequence, head;
+  int64_t sequence, head;  // a sequence of the keys' plan
+  const AttentionPlan &plan = *args.plan, &kv_plan = *args.kv_plan;
   int dim = int(args.head_dim), depth = padded_dim<T>(dim);
   int64_t group = args.num_heads / args.num_kv_heads;
-  int64_t first = plan.cu_seqlens[sequence], length = plan.cu_seqlens[sequence + 1] - first;
-  int64_t rows = length * group, R = round_up(rows, 32), N = round_up(length, 32);
-  int64_t row_size = (args.num_heads + 2 * args.num_kv_heads) * args.head_dim;
+  int64_t first_key = kv_plan.cu_seqlens[sequence], all_keys = kv_plan.cu_seqlens[sequence + 1] - first_key;
+  int64_t first = plan.query_starts[sequence], last = plan.query_starts[sequence + 1];
+  int64_t length = last > first ? plan.last_key[last - 1] + 1 : 0;  // keys that a query sees
+  int64_t rows = (last - first) * group, R = round_up(rows, 32), N = round_up(length, 32);
 
   const T* query(int64_t row) const {
-    return static_cast<const T*>(args.qkv) + (first + row / group) * row_size + (head * group + row % group) * dim;
+    return static_cast<const T*>(args.q) + (first + row / group) * args.q_row_size + (head * group + row % group) * dim;
+  }
+  T* d_query(int64_t row) const {
+    return static_cast<T*>(grads.d_q) + (first + row / group) * grads.d_q_row_size +
+           (head * group + row % group) * dim;
   }
   const T* key(int64_t i) const {
-    return static_cast<const T*>(args.qkv) + (first + i) * row_size + (args.num_heads + head) * dim;
+    return static_cast<const T*>(args.kv) + (first_key + i) * args.kv_row_size + head * dim;
   }
-  T* gradient_of(const T* x) const {
-    return static_cast<T*>(grads.d_qkv) + (x - static_cast<const T*>(args.qkv));
+  T* d_key(int64_t i) const {
+    return static_cast<T*>(grads.d_kv) + (first_key + i) * grads.d_kv_row_size + head * dim;
   }
-  const float* turn(int64_t token) const { return args.rope + plan.positions[first + token] * dim; }
+  const float* query_turn(int64_t row) const { return args.rope + plan.positions[first + row / group] * dim; }
+  const float* key_turn(int64_t i) const { return args.rope + kv_plan.positions[first_key + i] * dim; }
 
   void prepare(BackwardWorkspace<T>& work) const {
     std::memset(work.keys, 0, size_t(N * depth) * sizeof(T));
@@ -133,7 +139,7 @@ struct BackwardItem {
     std::memset(work.d_values, 0, size_t(N * dim) * sizeof(float));
     for (int64_t i = 0; i < length; i++) {
       T* to = work.keys + i * depth;
-      norm_and_rotate(key(i), static_cast<const T*>(args.k_norm), args.eps, turn(i), dim, to);
+      norm_and_rotate(key(i), static_cast<const T*>(args.k_norm), args.eps, key_turn(i), dim, to);
       for (int d = 0; d < dim; d++) work.keys_across[d * N + i] = to[d];
       std::memcpy(work.values + i * depth, key(i) + args.num_kv_heads * dim, size_t(dim) * sizeof(T));
     }
@@ -141,7 +147,7 @@ struct BackwardItem {
       const int count = int(std::max<int64_t>(0, std::min<int64_t>(16, rows - row)));
       std::memset(work.staged, 0, size_t(16 * depth) * sizeof(T));
       for (int r = 0; r < count; r++)
-        norm_and_rotate(query(row + r), static_cast<const T*>(args.q_norm), args.eps, turn((row + r) / group), dim,
+        norm_and_rotate(query(row + r), static_cast<const T*>(args.q_norm), args.eps, query_turn(row + r), dim,
                         work.staged + r * depth);
       pack_rows(work.staged, row, R, dim, depth, work.queries, work.queries_deep);
       std::memset(work.staged, 0, size_t(16 * depth) * sizeof(T));
@@ -222,16 +228,15 @@ struct BackwardItem {
     }
   }
 
-  // Back through the scale, RoPE and the norms, rounded into dqkv.
+  // Back through the scale, RoPE and the norms, rounded into dq and dkv.
   void finish(BackwardWorkspace<T>& work) const {
     alignas(64) float gradient[16 * kMaxHeadDim], across[16 * kMaxHeadDim];
     float* d_norms = grads.partial_norms + (sequence * args.num_kv_heads + head) * 2 * dim;
     std::memset(d_norms, 0, size_t(2 * dim) * sizeof(float));
-    auto write = [&](float* dy, const T* x, const T* norm, const float* cos_sin, float* d_norm) {
+    auto write = [&](float* dy, const T* x, const T* norm, const float* cos_sin, T* to, float* d_norm) {
       for (int d = 0; d < dim; d += 16) store(dy + d, load(dy + d) * args.scale);
       rotate(dy, cos_sin, dim, -1.f, dy);
       if (norm) norm_backward(x, norm, args.eps, dim, dy, d_norm);
-      T* to = gradient_of(x);
       for (int d = 0; d < dim; d += 16) store(to + d, load(dy + d));
     };
     for (int64_t row = 0; row < rows; row += 16) {
@@ -239,12 +244,17 @@ struct BackwardItem {
       for (int r = 0; r < 16; r++)
         for (int d = 0; d < dim; d++) gradient[r * dim + d] = across[d * 16 + r];
       for (int r = 0; r < std::min<int64_t>(16, rows - row); r++)
-        write(gradient + r * dim, query(row + r), static_cast<const T*>(args.q_norm), turn((row + r) / group), d_norms);
+        write(gradient + r * dim, query(row + r), static_cast<const T*>(args.q_norm), query_turn(row + r),
+              d_query(row + r), d_norms);
     }
     for (int64_t i = 0; i < length; i++) {
-      write(work.d_keys + i * dim, key(i), static_cast<const T*>(args.k_norm), turn(i), d_norms + dim);
-      T* to = gradient_of(key(i) + args.num_kv_heads * dim);
+      write(work.d_keys + i * dim, key(i), static_cast<const T*>(args.k_norm), key_turn(i), d_key(i), d_norms + dim);
+      T* to = d_key(i) + args.num_kv_heads * dim;
       for (int d = 0; d < dim; d += 16) store(to + d, load(work.d_values + i * dim + d));
+    }
+    for (int64_t i = length; i < all_keys; i++) {  // keys behind the last query
+      std::memset(d_key(i), 0, size_t(dim) * sizeof(T));
+      std::memset(d_key(i) + args.num_kv_heads * dim, 0, size_t(dim) * sizeof(T));
     }
   }
 
@@ -261,7 +271,7 @@ static void attention_backward_of(const AttentionArguments& args, const Attentio
   parallel_for(grads.num_items, 1, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] Matrix matrix;
     for (int64_t i = begin; i < end; i++)
-      BackwardItem<T>{args, grads, *args.plan, grads.sequences[i / args.num_kv_heads], i % args.num_kv_heads}.run();
+      BackwardItem<T>{args, grads, grads.sequences[i / args.num_kv_heads], i % args.num_kv_heads}.run();
   });
 }
 

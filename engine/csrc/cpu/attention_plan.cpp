@@ -15,6 +15,15 @@ namespace {
 constexpr int64_t kTaskTokens = 32;  // queries in a task: enough to pay for reading a key tile
 constexpr int64_t kGroupTokens = 4;  // sequences with at most this many queries may share a task
 
+std::string starts_of(const std::vector<int32_t>& cu_seqlens) {
+  std::string text;
+  for (size_t s = 0; s < cu_seqlens.size(); s++) {
+    if (s == 8 && cu_seqlens.size() > 9) return text + ", ...";
+    text += (s ? ", " : "") + std::to_string(cu_seqlens[s]);
+  }
+  return text;
+}
+
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("AttentionPlan.build: " + what); }
 
 }  // namespace
@@ -24,12 +33,7 @@ void AttentionPlan::build(const int32_t* starts, const int32_t* context_lens, co
   if (size < kBlock || size % kBlock)
     refuse("page_size is " + std::to_string(size) + "; it must be a multiple of 16");
   if (sequences > 0 && starts[0] != 0) refuse("cu_seqlens must start with 0");
-  version++;
-  page_size = size;
-  num_sequences = sequences;
-  num_pages = num_positions = 0;
-  tasks.clear(), phases.clear(), runs.clear(), pages_.clear();
-  first_page_.assign(1, 0);
+  clear(sequences, size);
   cu_seqlens.assign(starts, starts + sequences + 1);
   const int64_t tokens = sequences ? starts[sequences] : 0;
   positions.assign(rope_positions, rope_positions + tokens);
@@ -47,7 +51,48 @@ void AttentionPlan::build(const int32_t* starts, const int32_t* context_lens, co
     add_pages(s, context, block_tables ? block_tables + s * width : nullptr, width);
     add_runs(s, context);
   }
+  query_starts = cu_seqlens;
   add_tasks();
+}
+
+void AttentionPlan::build_segments(const AttentionPlan& kv, const int32_t* begins, const int32_t* ends,
+                                   int64_t segments) {
+  clear(segments, kv.page_size);
+  kv_version = kv.version;
+  num_pages = kv.num_pages, num_positions = kv.num_positions;
+  cu_seqlens.assign(1, 0), query_starts.assign(1, 0);
+  positions.clear(), last_key.clear();
+  int64_t s = 0, before = 0;
+  for (int64_t i = 0; i < segments; i++) {
+    const int64_t begin = begins[i], end = ends[i];
+    if (begin < before || end <= begin)
+      refuse("segment " + std::to_string(i) + " is rows " + std::to_string(begin) + " to " + std::to_string(end) +
+             "; it must have a row and begin at or after row " + std::to_string(before));
+    while (s < kv.num_sequences && begin >= kv.cu_seqlens[s + 1]) {
+      query_starts.push_back(cu_seqlens.back());
+      s++;
+    }
+    if (s == kv.num_sequences || end > kv.cu_seqlens[s + 1])
+      refuse("segment " + std::to_string(i) + " is rows " + std::to_string(begin) + " to " + std::to_string(end) +
+             "; it must lie within one sequence, and they start at rows " + starts_of(kv.cu_seqlens));
+    positions.insert(positions.end(), kv.positions.begin() + begin, kv.positions.begin() + end);
+    last_key.insert(last_key.end(), kv.last_key.begin() + begin, kv.last_key.begin() + end);
+    pages_.insert(pages_.end(), kv.pages(int(s)), kv.pages(int(s)) + last_key.back() / page_size + 1);
+    first_page_.push_back(int64_t(pages_.size()));
+    cu_seqlens.push_back(int32_t(positions.size()));
+    before = end;
+  }
+  query_starts.resize(size_t(kv.num_sequences + 1), cu_seqlens.back());
+  add_tasks();
+}
+
+void AttentionPlan::clear(int64_t sequences, int64_t size) {
+  version++;
+  page_size = size;
+  num_sequences = sequences;
+  num_pages = num_positions = 0;
+  tasks.clear(), phases.clear(), runs.clear(), pages_.clear();
+  first_page_.assign(1, 0);
 }
 
 void AttentionPlan::add_pages(int64_t s, int64_t context, const int32_t* table, int64_t width) {

@@ -38,6 +38,10 @@ class AttentionPlan {
   void build(const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* positions, int64_t num_sequences,
              const int32_t* block_tables, int64_t width, int64_t page_size);
 
+  // The plan of some of `kv`'s rows as queries, [begins[i], ends[i]) each within one sequence, in the order of the rows;
+  // they see the keys that they see in `kv`, in its pages. Throws std::invalid_argument.
+  void build_segments(const AttentionPlan& kv, const int32_t* begins, const int32_t* ends, int64_t num_segments);
+
   const int32_t* pages(int sequence) const { return pages_.data() + first_page_[sequence]; }
   int64_t num_tokens() const { return int64_t(positions.size()); }
 
@@ -46,14 +50,17 @@ class AttentionPlan {
   int64_t num_pages = 0;      // one more than the largest page in use
   int64_t num_positions = 0;  // one more than the largest position
   int64_t version = 0;        // counts builds
+  int64_t kv_version = 0;     // that of the keys' plan when this one was built on it
   std::vector<int32_t> positions;   // [T] for RoPE
   std::vector<int32_t> last_key;    // [T] the last key a query sees
-  std::vector<int32_t> cu_seqlens;  // [S+1]
+  std::vector<int32_t> cu_seqlens;  // [S+1]; for a plan of segments, where each of them starts
+  std::vector<int32_t> query_starts;  // [S+1] where the queries of each sequence of the keys' plan start
   std::vector<AttentionTask> tasks;
   std::vector<AttentionPhase> phases;
   std::vector<KeyRun> runs;
 
  private:
+  void clear(int64_t sequences, int64_t size);
   void add_pages(int64_t sequence, int64_t context, const int32_t* table, int64_t width);
   void add_runs(int64_t sequence, int64_t context);
   void add_tasks();

@@ -33,13 +33,18 @@ void linear_grad_bias(const LinearShape& shape, DType dtype, const void* dy, int
 
 class AttentionPlan;
 
+// Queries are the rows of `plan`, keys and values those of `kv_plan`. Where both are columns of one matrix, q points to
+// it, kv = q + H Dh, the row sizes are the same and so are the plans.
 struct AttentionArguments {
-  const AttentionPlan* plan;
+  const AttentionPlan *plan, *kv_plan;
   DType dtype;
   int64_t num_heads, num_kv_heads, head_dim;
   int64_t window;  // 0: none
   float scale, eps;
-  const void* qkv;    // [T, (H + 2 K) Dh]
+  const void* q;       // [T] rows, q_row_size elements apart, that begin with H query heads
+  int64_t q_row_size;
+  const void* kv;      // [kv_rows] rows, kv_row_size elements apart, that begin with K key heads, then K value heads
+  int64_t kv_row_size, kv_rows;
   const float* rope;  // [rope_positions, Dh], cos | sin
   int64_t rope_positions;
   void *keys, *values;  // pages; see attention.inl
@@ -51,9 +56,17 @@ struct AttentionArguments {
 
 void check_attention(const AttentionArguments& args, int64_t rows);  // throws std::invalid_argument
 void attention_forward(const AttentionArguments& args);
-// From the forward's arguments (its pages are not read): writes d_qkv, adds to d_q_norm and d_k_norm [Dh] or null.
-void attention_backward(const AttentionArguments& args, const void* d_out, void* d_qkv, float* d_q_norm,
-                        float* d_k_norm);
+// From the forward's arguments (its pages are not read): writes d_q and d_kv, which lie as q and kv do but for their row
+// sizes, and adds to d_q_norm and d_k_norm [Dh] or null. d_kv is the sum over the queries of `plan`.
+struct AttentionGradients {
+  const void* d_out;  // [T, H Dh]
+  void* d_q;
+  int64_t d_q_row_size;
+  void* d_kv;
+  int64_t d_kv_row_size;
+  float *d_q_norm, *d_k_norm;
+};
+void attention_backward(const AttentionArguments& args, const AttentionGradients& grads);
 
 // ---- rms_norm, swiglu, embedding ----
 
@@ -86,10 +99,19 @@ void embedding_backward(int dtype, const int32_t* tokens, const void* dy, float*
 // (what the backward reads) may be null. Throws std::out_of_range for a target outside [0, vocab).
 void logits_logprob(const float* logits, const int32_t* targets, const float* inv_temperature, float* logprobs,
                     float* entropy, float* stats, int64_t rows, int64_t vocab, int64_t count);
-// One target per row; d_logits [rows, vocab] of `dtype` may be the logits themselves when that is float32.
+// One target per row, -1 for one in another shard of the vocabulary; d_logits [rows, vocab] of `dtype` may be the logits themselves when that is float32.
 void logits_logprob_backward(int dtype, const float* logits, const int32_t* targets, const float* inv_temperature,
                              const float* stats, const float* entropy, const float* d_logprob, const float* d_entropy,
                              void* d_logits, int64_t rows, int64_t vocab);
+
+// What a shard of the vocabulary knows of each row: (max, sum of exp(z - max), sum of exp(z - max) * (z - max), and z of
+// each of its `count` targets or -inf), z = logit * inv_temperature; a target of -1 is in another shard. A shard without
+// mass has sums of 0. Throws std::out_of_range for a target outside [-1, vocab).
+void shard_statistics(const float* logits, const int32_t* targets, const float* inv_temperature, double* statistics,
+                      int64_t rows, int64_t vocab, int64_t count);
+// Statistics [shards, rows, 3 + count], folded in the order of the shards, to what logits_logprob gives.
+void fold_statistics(const double* statistics, float* logprobs, float* entropy, float* stats, int64_t shards,
+                     int64_t rows, int64_t count);
 
 // A row whose softmax is not a number gets token -1 and NaN. A temperature of 0 takes the likeliest token.
 void sample_token(const float* logits, const float* temperature, const int32_t* top_k, const float* top_p,

@@ -22,7 +22,8 @@ static void logits_logprob_rows(const float* logits, const int32_t* targets, con
 }
 
 // d_logits = inv_temperature * (g * (onehot - p) - h * p * (log p + entropy)), g and h the gradients of the
-// log-probability and the entropy. May write over the logits.
+// log-probability and the entropy. May write over the logits. A target of -1 is in another shard of the vocabulary;
+// `stats` and `entropy` are then of the whole row.
 template <class T>
 static void logits_logprob_backward_rows(const float* logits, const int32_t* targets, const float* inv_temperature,
                                          const float* stats, const float* entropy, const float* d_logprob,
@@ -34,13 +35,14 @@ static void logits_logprob_backward_rows(const float* logits, const int32_t* tar
       float largest = stats[2 * r], log_total = stats[2 * r + 1];
       float g = d_logprob[r], h = d_entropy[r], offset = g + h * entropy[r];
       int64_t target = targets[r];
-      float target_logprob = std::max(z[target] * scale - largest - log_total, -200.f);
+      float target_logprob = target < 0 ? 0.f : std::max(z[target] * scale - largest - log_total, -200.f);
       for (int64_t k = 0; k < vocab; k += kLanes) {
         int lanes = lanes_at(k, vocab);
         f32x16 logp = max(load_lanes(z + k, lanes) * scale - largest - log_total, splat(-200.f));
         f32x16 weight = fma(logp, splat(h), splat(offset));
         store_lanes(d_logits + r * vocab + k, exp(logp) * weight * -scale, lanes);
       }
+      if (target < 0) continue;
       f32x16 p = exp(splat(target_logprob));
       d_logits[r * vocab + target] = from_float<T>(scale * (g - p[0] * (target_logprob * h + offset)));
     }
