@@ -89,8 +89,12 @@ def recover(path: str | Path) -> None:
         return
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
-    else:
+        return
+    try:
         os.rename(old, target)
+    except FileNotFoundError:
+        if not target.exists():  # unless another rank was faster
+            raise
 
 
 def _old(target: Path) -> Path:

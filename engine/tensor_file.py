@@ -54,7 +54,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
+def read_header(file: Path, remedy: str = "fetch it again") -> dict[str, dict[str, Any]]:
     """Name -> {dtype, shape, data_offsets}, after checking that the file is as long as it says it is.
 
     Raises CheckpointError.
@@ -69,15 +69,17 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             f"{file} cannot be read ({error.strerror}); check that it is there, and its permissions"
         ) from None
     if size < 8 or 8 + length > size:
-        raise CheckpointError(f"{file} is truncated: {size:,} bytes end inside its header; fetch it again")
+        raise CheckpointError(f"{file} is truncated: {size:,} bytes end inside its header; {remedy}")
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         _ = [(str(entry["dtype"]), tuple(entry["shape"])) for entry in header.values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from None
+        raise CheckpointError(
+            f"{file} is not a safetensors file: its header cannot be read ({error}); {remedy}"
+        ) from None
     if size != 8 + length + end:
         word = "truncated" if size < 8 + length + end else "too long"
-        raise CheckpointError(f"{file} is {word}: {size:,} bytes, expected {8 + length + end:,}; fetch it again")
+        raise CheckpointError(f"{file} is {word}: {size:,} bytes, expected {8 + length + end:,}; {remedy}")
     return header

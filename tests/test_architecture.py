@@ -42,6 +42,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.sampler.": (3, 2),
     "engine.trainer": (3, 2),
     "engine.state": (3, 3),
+    "engine.saver": (3, 4),
     "engine.engine": (4, 0),
     "engine.__main__": (4, 1),
     "rl.": (5, 0),

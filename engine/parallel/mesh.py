@@ -149,6 +149,21 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     return Mesh(**mine)
 
 
+def another_group(group: Group, timeout_seconds: float) -> Group:
+    """The same ranks with connections of their own, for a thread beside the one that uses `group`. Every rank of the
+    world calls it at the same point; `close_group` ends it."""
+    if group.size == 1:
+        return group
+    handle = dist.new_group(list(group.ranks), timeout=timedelta(seconds=timeout_seconds))
+    return Group(group.name, group.ranks, group.index, handle)
+
+
+def close_group(group: Group) -> None:
+    """Ends the connections of a group that `another_group` made."""
+    if group.handle is not None and dist.is_initialized():
+        dist.destroy_process_group(group.handle)
+
+
 def ranks_on_this_machine() -> int:
     """How many ranks torchrun started here; they share its cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1

@@ -118,13 +118,14 @@ def edit_header(path, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "cannot be read"),
+        (truncate, "is truncated"),
         (lambda path: next(path.glob("*.safetensors")).unlink(), "cannot be read"),
         (lambda path: (path / "state.json").unlink(), "no saved state"),
         (lambda path: (path / "state.json").write_text("{"), "damaged"),
+        (lambda path: edit_header(path, format=1), "format 1; this engine reads format 2"),
         (lambda path: edit_header(path, format=99), "format 99"),
         (lambda path: edit_header(path, dtype="bfloat16"), "EngineConfig.dtype"),
-        (lambda path: edit_header(path, files={}), "another model"),
+        (lambda path: edit_header(path, files=[]), "not complete"),
     ],
 )
 def test_a_damaged_state_is_refused_before_a_weight_is_touched(tmp_path, damage, message):
