@@ -59,9 +59,7 @@ class Engine:
     # ---- making one ----
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, config: EngineConfig | None = None, mesh: Mesh | None = None
-    ) -> Engine:
+    def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None, mesh: Mesh | None = None) -> Engine:
         """A Hugging Face directory: `config.json`, one or many `.safetensors`, and `tokenizer.json` if there is one.
 
         Each rank reads its part. `mesh` is made from `config.parallel` unless one is given. Raises CheckpointError,

@@ -66,9 +66,7 @@ class Attention:
         self.spec = AttentionSpec(heads, kv_heads, width, window=row.window(config), eps=config.rms_norm_eps)
         self.rope = rope
         columns = (heads + 2 * kv_heads) * width
-        self.qkv = ColumnLinear(
-            f"{name}.qkv_proj", columns, config.hidden_size, row.has_qkv_bias(config), dtype, mesh
-        )
+        self.qkv = ColumnLinear(f"{name}.qkv_proj", columns, config.hidden_size, row.has_qkv_bias(config), dtype, mesh)
         self.out = RowLinear(f"{name}.o_proj", config.hidden_size, heads * width, row.has_out_bias(config), dtype, mesh)
         self.q_norm = vector(f"{name}.q_norm.weight", width, dtype) if row.qk_norm else None
         self.k_norm = vector(f"{name}.k_norm.weight", width, dtype) if row.qk_norm else None

@@ -97,8 +97,9 @@ class Transformer:
         group, rows = self.mesh.tp, batch.scattered_rows
         if here.first:
             stream = vocabulary_embedding(batch.tokens, self.embed, self.vocabulary.first, group, rows)  # [T] -> [T, D]
-        x, delta = stream, None
-        for layer in here.layers:
+        assert stream is not None, "a chunk after the first takes the stream of the one before it"
+        x, delta = self._run(here.layers[0], stream, None, batch)
+        for layer in here.layers[1:]:
             x, delta = self._run(layer, x, delta, batch)
         if not here.last:
             return x + delta  # the bits that the fused addition of the next layer would have made
@@ -175,6 +176,6 @@ class Transformer:
             yield from layer_parts(layer, self.config, first)
         if self.has_last:
             yield replicated(self.norm, first)
-            if self.head is not self.embed:
+            if not (self.has_first and self.head is self.embed):
                 tied = self.config.tie_word_embeddings  # then it is a copy of what the first stage owns
                 yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)

@@ -87,7 +87,9 @@ def layer_parts(layer: Layer, config: ModelConfig, first: bool) -> Iterator[Part
     yield from _fused(at.qkv, qkv)
     yield from _columns(at.out, heads, q_rows, first)
     yield from (replicated(norm, first) for norm in (at.q_norm, at.k_norm) if norm)
-    yield from _fused(ff.gate_up, {f"{name}_proj": (ff.shard, config.intermediate_size, True) for name in ("gate", "up")})
+    yield from _fused(
+        ff.gate_up, {f"{name}_proj": (ff.shard, config.intermediate_size, True) for name in ("gate", "up")}
+    )
     yield from _columns(ff.down, ff.shard, config.intermediate_size, first)
     yield replicated(layer.input_norm, first)
     yield replicated(layer.post_norm, first)

@@ -44,7 +44,7 @@ def unowned(tensor: Tensor) -> Tensor:
     """A contiguous tensor's memory without a reference to it: for a recorded call, whose graph keeps the pool that the
     block came from but lets others use it when the recording is past it."""
     size = tensor.numel() * tensor.element_size()
-    raw = np.frombuffer((ctypes.c_byte * size).from_address(tensor.data_ptr()), dtype=np.uint8)
+    raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
     return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
 
 

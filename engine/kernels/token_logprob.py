@@ -107,7 +107,7 @@ class _TokenLogprob(torch.autograd.Function):
         d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
         d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
         d_hidden = empty(tuple(hidden.shape), hidden.dtype)
-        for part in _chunks(hidden.shape[0], ctx.chunk):
+        for part in row_chunks(hidden.shape[0], ctx.chunk):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = linear(x, ctx.head, out_dtype=torch.float32)  # [c, V]
             d_logits = ctx.backend.functions["backward"](
@@ -118,7 +118,8 @@ class _TokenLogprob(torch.autograd.Function):
         return d_hidden, None, None, None, None
 
 
-def _chunks(rows: int, chunk: int) -> list[slice]:
+def row_chunks(rows: int, chunk: int) -> list[slice]:
+    """Rows [0, rows) in pieces of `chunk`."""
     return [slice(begin, min(rows, begin + chunk)) for begin in range(0, rows, chunk)]
 
 
@@ -128,7 +129,7 @@ def _forward(
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]."""
     rows = hidden.shape[0]
     logprobs, entropy, stats = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2)
-    for part in _chunks(rows, chunk):
+    for part in row_chunks(rows, chunk):
         logits = linear(hidden[part].detach(), head, out_dtype=torch.float32)  # [c, D] -> [c, V]
         inverse = None if inv_temperature is None else inv_temperature[part]
         column, entropy[part], stats[part] = TOKEN_LOGPROB["forward"](logits, targets[part, None], inverse)
@@ -190,17 +191,3 @@ TOKEN_LOGPROB = Op(
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],
 )
-def row_chunks(rows, chunk): return _chunks(rows, chunk)
-def shard_statistics(logits, targets, inverse):
-    z = logits.double() if inverse is None else logits.double()*inverse.double()[:,None]
-    m = z.max(-1).values
-    e = (z-m[:,None]).exp()
-    tz = torch.where(targets>=0, z.gather(-1, targets.clamp_min(0).long()), -torch.inf)
-    return torch.cat([m[:,None], e.sum(-1,keepdim=True), (e*(z-m[:,None])).sum(-1,keepdim=True), tz],1)
-def fold_statistics(s):
-    M = s[:,:,0].max(0).values
-    tot=0; mom=0
-    for p in s:
-        w=(p[:,0]-M).exp(); tot=tot+p[:,1]*w; mom=mom+w*(p[:,2]+p[:,1]*(p[:,0]-M))
-    lt=tot.log(); z=s[:,:,3:].max(0).values
-    return (z-M[:,None]-lt[:,None]).float(), (lt-mom/tot).float(), torch.stack([M,lt],1).float()

@@ -76,9 +76,9 @@ def start_all_to_all(
     rows = x.shape[0] if receive is None else sum(receive)
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
     width = x[:1].numel() if x.shape[0] else out[:1].numel()
-    scale = [None if n is None else [k * width for k in n] for n in (receive, send)]
+    sizes = [None if rows_of is None else [n * width for n in rows_of] for rows_of in (receive, send)]
     with _named("all_to_all", group):
-        work = dist.all_to_all_single(out.view(-1), x.view(-1), *scale, group=group.handle, async_op=True)
+        work = dist.all_to_all_single(out.view(-1), x.view(-1), sizes[0], sizes[1], group=group.handle, async_op=True)
     return Pending("all_to_all", group, work, lambda: out, keep=x)
 
 

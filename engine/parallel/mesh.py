@@ -1,8 +1,8 @@
 """The grid of ranks: dp x pp x cp x tp, row-major, so that tensor-parallel ranks are neighbours.
 
-     dp 0                 dp 1                      replica   the ranks of one dp: they run in lockstep
-     pp 0:  r0 r1         pp 0:  r4 r5   <- tp      data      the ranks that hold the same weights (dp x cp):
-     pp 1:  r2 r3         pp 1:  r6 r7                        gradients are summed, optimizer state shared out
+dp 0                 dp 1                      replica   the ranks of one dp: they run in lockstep
+pp 0:  r0 r1         pp 0:  r4 r5   <- tp      data      the ranks that hold the same weights (dp x cp):
+pp 1:  r2 r3         pp 1:  r6 r7                        gradients are summed, optimizer state shared out
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ AXES = ("dp", "pp", "cp", "tp")
 class Mesh:
     """The groups that this rank belongs to."""
 
-    dp: Group = Group("dp")
-    pp: Group = Group("pp")
-    cp: Group = Group("cp")
-    tp: Group = Group("tp")
-    replica: Group = Group("replica")
-    data: Group = Group("data")
-    world: Group = Group("world")
+    dp: Group
+    pp: Group
+    cp: Group
+    tp: Group
+    replica: Group
+    data: Group
+    world: Group
 
     @classmethod
     def single(cls) -> Mesh:
         """A world of one rank."""
-        return cls()
+        return cls.layout(ParallelConfig(), 1, 0)
 
     @classmethod
     def layout(cls, config: ParallelConfig, world_size: int, rank: int) -> Mesh:

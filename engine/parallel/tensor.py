@@ -87,9 +87,7 @@ def sum_shared_rows(shared: list[tuple[Tensor, range]], group: Group) -> None:
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, rows: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, rows: int | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.rows = weight, bias, group, rows
         return linear(x if rows is None else _all_rows(x, group, rows), weight, bias)
@@ -108,9 +106,7 @@ class _ColumnLinear(torch.autograd.Function):
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, rows: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, rows: int | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.rows = weight, bias, group, rows
         return _row_forward(x, weight, bias, group, rows)

@@ -18,14 +18,13 @@ from torch import Tensor
 from engine.kernels.graph import empty
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.sample_token import sample_token, top_logprobs
-from engine.kernels.token_logprob import (
-    LOGITS_ELEMENTS,
-    TOKEN_LOGPROB,
+from engine.kernels.shard_logprob import (
     fold_statistics,
-    row_chunks,
+    shard_logprob_backward,
     shard_statistics,
-    token_logprob,
+    shard_targets,
 )
+from engine.kernels.token_logprob import LOGITS_ELEMENTS, row_chunks, token_logprob
 from engine.kernels.weight import Weight
 from engine.parallel.collectives import Group, all_gather, all_to_all
 from engine.parallel.shards import row_shard
@@ -112,12 +111,12 @@ class _VocabularyLogprob(torch.autograd.Function):
         zeros = torch.zeros_like(entropy)
         d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
         d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
-        here = _local(targets, ctx.first, head.shape[0])
+        here = shard_targets(targets, ctx.first, head.shape[0])
         d_hidden = empty(tuple(hidden.shape), hidden.dtype)
         for part in _chunks(hidden.shape[0], head):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = _logits(x, head)  # [c, Vl]
-            d_logits = TOKEN_LOGPROB["backward"](
+            d_logits = shard_logprob_backward(
                 logits, here[part], inverse, stats[part], entropy[part], d_logprobs[part], d_entropy[part], x.dtype
             )
             d_hidden[part] = linear_grad_input(d_logits, head)  # [c, Vl] -> [c, D]
@@ -129,7 +128,7 @@ def _forward(
     hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None, first: int, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]; one exchange for all chunks."""
-    here = _local(targets, first, head.shape[0])
+    here = shard_targets(targets, first, head.shape[0])
     statistics = []
     for part in _chunks(hidden.shape[0], head):
         inverse = None if inv_temperature is None else inv_temperature[part]
@@ -140,7 +139,7 @@ def _forward(
 
 def _logprobs_of(logits: Tensor, ids: Tensor, inverse: Tensor, vocab_size: int, group: Group) -> Tensor:
     """Log-probabilities of ids [R, n] from this rank's columns: [R, n]."""
-    here = _local(ids, row_shard(vocab_size, group.size, group.index).first, logits.shape[1])
+    here = shard_targets(ids, row_shard(vocab_size, group.size, group.index).first, logits.shape[1])
     return fold_statistics(all_gather(shard_statistics(logits, here, inverse), group))[0]
 
 
@@ -152,12 +151,6 @@ def _deal_rows(logits: Tensor, share: int, vocab_size: int, group: Group) -> Ten
     flat = all_to_all(padded.reshape(-1), group, sizes, [share * width for width in widths])
     pieces = flat.split([share * width for width in widths])
     return torch.cat([piece.view(share, -1) for piece in pieces], 1)
-
-
-def _local(ids: Tensor, first: int, size: int) -> Tensor:
-    """Ids as columns of this rank; -1 for those of others."""
-    here = ids - first
-    return torch.where((here >= 0) & (here < size), here, -1).int()
 
 
 def _logits(x: Tensor, head: Weight) -> Tensor:
