@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -267,30 +267,49 @@ def _plan_shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]
     return shards
 
 
+class _ShardFile:
+    """A file of the checkpoint. The first thing that goes wrong ends the writing and is raised by `close`, because the
+    other ranks, which do not know of it, go on sending."""
+
+    def __init__(self, file: Path, entries: list[Entry]) -> None:
+        self._failure: OSError | CheckpointError | None = None
+        self._file: BinaryIO | None = None
+        try:
+            self._file = open(file, "wb")  # noqa: SIM115
+            self._file.write(header_bytes(entries))
+        except OSError as error:
+            self._failure = error
+
+    def write(self, value: Tensor, name: str, block: Region) -> None:
+        if self._failure is not None or self._file is None:
+            return
+        try:
+            remedy = "nothing was saved; go back to an earlier one"
+            _refuse_not_finite(value, name, "the model in memory", remedy, block)
+            self._file.write(raw_bytes(value))
+        except (OSError, CheckpointError) as error:
+            self._failure = error
+
+    def close(self) -> None:
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            raise self._failure
+
+
 def _write_shard(file: Path, entries: list[Entry], gatherer: Gatherer, mesh: Mesh, target: Path) -> None:
     """One file, written by the main rank from what all send; what stops it is raised on all once they have sent."""
-    failure: OSError | CheckpointError | None = None
-    with ExitStack() as stack:
-        opened: BinaryIO | None = None
-        if mesh.is_main:
-            try:
-                opened = stack.enter_context(open(file, "wb"))
-                opened.write(header_bytes(entries))
-            except OSError as error:
-                failure = error
-        for entry in entries:
-            for block, value in gatherer.blocks(entry.name, entry.shape, entry.dtype):
-                if opened is None or value is None or failure is not None:
-                    continue
-                try:
-                    remedy = "nothing was saved; go back to an earlier one"
-                    _refuse_not_finite(value, entry.name, "the model in memory", remedy, block)
-                    opened.write(raw_bytes(value))
-                except (OSError, CheckpointError) as error:
-                    failure = error
+    shard = _ShardFile(file, entries) if mesh.is_main else None
+    for entry in entries:
+        for block, value in gatherer.blocks(entry.name, entry.shape, entry.dtype):
+            if shard is not None and value is not None:
+                shard.write(value, entry.name, block)
     with _written(target, mesh):
-        if failure is not None:
-            raise failure
+        if shard is not None:
+            shard.close()
 
 
 def _listing(names: list[str]) -> str:
