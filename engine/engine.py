@@ -13,6 +13,7 @@ import torch
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CapacityError, EngineError, InputError
+from engine.kernels.dtypes import MODEL_DTYPES
 from engine.kernels.op import cpu_missing, extension
 from engine.log import logger
 from engine.model import Transformer
@@ -27,8 +28,6 @@ from engine.state import load_state
 from engine.tokenizer import Tokenizer
 from engine.trainer import Trainer
 from engine.types import Completion, Prompt, Sample, SamplingParams, StepStats, TrainStats
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Engine:
@@ -68,7 +67,7 @@ class Engine:
         config = config or EngineConfig()
         placement = _placement(config, mesh)
         with together(placement.mesh.world):
-            model = Transformer(read_config(path), DTYPES[config.dtype], placement)
+            model = Transformer(read_config(path), MODEL_DTYPES[config.dtype], placement)
             has_tokenizer = (Path(path) / "tokenizer.json").exists()
             tokenizer = Tokenizer.from_pretrained(path) if has_tokenizer else None
         load_weights(path, model)
@@ -87,7 +86,7 @@ class Engine:
         config = config or EngineConfig()
         placement = _placement(config, mesh)
         with together(placement.mesh.world):
-            model = Transformer(model_config, DTYPES[config.dtype], placement)
+            model = Transformer(model_config, MODEL_DTYPES[config.dtype], placement)
         model.initialize(seed)
         return cls(model, config, tokenizer)
 
@@ -99,6 +98,11 @@ class Engine:
                 self._saver.close()
         finally:
             self.mesh.close()
+
+    def agree_any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is True on any: what one rank was told (a signal, a full disk), all act on after
+        the same step. Every rank calls it. Raises ParallelError."""
+        return self.mesh.agree_any(flag)
 
     # ---- sampling ----
 
@@ -143,7 +147,8 @@ class Engine:
     # ---- training ----
 
     def score(self, sequences: Sequence[Prompt], temperature: float = 1.0) -> list[torch.Tensor]:
-        """log p of each token after the first, by the training forward: float32 [len - 1] each.
+        """log p of each token after the first, by the training forward: float32 [len - 1] each (float64 where
+        the engine computes in it).
 
         Raises InputError.
         """
