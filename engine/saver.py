@@ -28,9 +28,8 @@ class StateSaver:
         self._failure: EngineError | None = None
 
     def save(self, directory: str | Path, extra: dict[str, Any] | None = None, wait: bool = True) -> None:
-        """See `state.save_state`. With `wait=False` it returns as soon as this rank's share of the state is copied, which
-        takes as much memory again as the optimizer state; another save, a load, and `close` wait until it is written.
-        """
+        """See `state.save_state`. With `wait=False` it returns as soon as this rank's share of the state is copied,
+        which takes as much memory again as that share; another save, a load, and `close` wait until it is written."""
         self.wait()
         self._mesh.agree("save_state", crc32(f"{directory} {wait}".encode()))
         if wait:

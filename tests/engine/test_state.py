@@ -89,7 +89,7 @@ def test_loading_goes_back_and_drops_what_came_after(tmp_path):
 
 
 def test_large_states_are_cut_into_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.state.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("engine.pieces.FILE_BYTES", 100_000)
     first, second = make_trainer(), make_trainer()
     train_step(first, 0)
     save_state(tmp_path / "state", first)

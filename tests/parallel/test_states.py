@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig
 from engine.config import ParallelConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ParallelError
 from engine.parallel.mesh import Mesh
 from engine.parts import Part
+from engine.pieces import write_pieces
 from engine.region import Region
-from engine.state import _write_files, load_state, save_state
+from engine.state import load_state, save_state
 from engine.trainer import Trainer
 from tests.engine.test_trainer import make_samples
 from tests.parallel.pool import Pool, WorkerDied
@@ -68,7 +70,7 @@ def fill(trainer: Trainer) -> None:
 def write(directory: Path, parallel: dict[str, Any] | None, shard_bytes: int = 100_000, **model: Any) -> None:
     engine = engine_of(parallel, **model)
     fill(engine.trainer)
-    with mock.patch("engine.state.SHARD_BYTES", shard_bytes):
+    with mock.patch("engine.pieces.FILE_BYTES", shard_bytes):
         engine.save_state(directory, {"step": 7})
     engine.close()
 
@@ -77,7 +79,7 @@ def read(directory: Path, parallel: dict[str, Any] | None, **model: Any) -> tupl
     """What is not as it was written; elements read; elements of this rank's weights."""
     engine = engine_of(parallel, seed=1, **model)
     Counting.elements = 0
-    with mock.patch("engine.state.safe_open", Counting), mock.patch("engine.state.BLOCK_BYTES", 3000):
+    with mock.patch("engine.pieces.safe_open", Counting), mock.patch("engine.pieces.BLOCK_BYTES", 3000):
         assert engine.load_state(directory) == {"step": 7}
     trainer = engine.trainer
     wrong = []
@@ -237,9 +239,9 @@ def save_while_training(directory: Path, parallel: dict[str, Any]) -> tuple[list
 
     def slowly(*arguments: Any) -> list[str]:
         assert gate.wait(30.0)
-        return _write_files(*arguments)
+        return write_pieces(*arguments)
 
-    with mock.patch("engine.state._write_files", slowly):
+    with mock.patch("engine.state.write_pieces", slowly):
         engine.save_state(directory, {"step": 2}, wait=False)
         losses = train(engine, range(2, 4))
         early = not directory.exists()
@@ -265,7 +267,7 @@ def fail_in_the_background(directory: Path, call: str) -> str:
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with mock.patch("engine.state._write_files", refuse if engine.mesh.rank == 1 else _write_files):
+    with mock.patch("engine.state.write_pieces", refuse if engine.mesh.rank == 1 else write_pieces):
         engine.save_state(directory, {"step": 1}, wait=False)
         train(engine, range(1))
         calls = {
@@ -292,8 +294,8 @@ def test_a_save_that_fails_in_the_background_is_raised_on_all_ranks_by_the_next_
     assert os.listdir(tmp_path) == ["state"]
 
 
-def save_and_die(directory: Path, background: bool, where: str) -> None:
-    """Rank 1 is killed while rank 0 is in the middle of a save."""
+def save_and_die(directory: Path, background: bool, where: str, victim: int) -> None:
+    """One rank is killed while the ranks are in the middle of a save."""
     engine = engine_of({"tp": 2}, "float32", seed=3)
     fill(engine.trainer)
 
@@ -301,20 +303,23 @@ def save_and_die(directory: Path, background: bool, where: str) -> None:
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch(f"engine.state.{where}", die) if engine.mesh.rank == 1 else mock.patch("os.getpid"):
+    with mock.patch(where, die) if engine.mesh.rank == victim else nullcontext():
         engine.save_state(directory, wait=not background)
         engine.wait_for_saves()
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("where", ["_write_files", "raw_bytes"])
+@pytest.mark.parametrize(
+    ("where", "victim"),
+    [("engine.state.write_pieces", 1), ("engine.pieces.raw_bytes", 0), ("engine.atomic.os.rename", 0)],
+)
 def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_last_complete_state(
-    tmp_path: Path, pool2: Pool, where: str, background: bool
+    tmp_path: Path, pool2: Pool, where: str, victim: int, background: bool
 ) -> None:
     pool2.run(write, tmp_path / "state", {"tp": 2})
-    with pytest.raises((WorkerDied, CheckpointError, Exception)) as caught:
-        pool2.run(save_and_die, tmp_path / "state", background, where)
-    assert "rank 1 died" in str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+    with pytest.raises((WorkerDied, ParallelError)) as caught:
+        pool2.run(save_and_die, tmp_path / "state", background, where, victim)
+    assert f"rank {victim} died" in str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
     for wrong, _, _ in pool2.run(read, tmp_path / "state", {"tp": 2}):
         assert wrong == []
     pool2.run(write, tmp_path / "state", {"pp": 2})
