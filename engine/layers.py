@@ -14,7 +14,7 @@ from engine.architectures import Architecture
 from engine.batch import TokenBatch
 from engine.config import ModelConfig
 from engine.kernels.attention import AttentionSpec, attention
-from engine.kernels.rms_norm import add_rms_norm, rms_norm
+from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.swiglu import swiglu
 from engine.kernels.weight import Weight
 from engine.parallel.mesh import Mesh
@@ -116,9 +116,6 @@ class Layer:
         self.feed_forward = FeedForward(f"{name}.mlp", config, row, dtype, mesh)
 
     def __call__(self, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        if delta is None:
-            h = rms_norm(x, self.input_norm, self.eps)
-        else:
-            x, h = add_rms_norm(x, delta, self.input_norm, self.eps)
+        x, h = add_rms_norm(x, delta, self.input_norm, self.eps)
         x, h = add_rms_norm(x, self.attention(h, batch, self.place), self.post_norm, self.eps)
         return x, self.feed_forward(h, batch)

@@ -114,6 +114,11 @@ class Transformer:
             return x + delta  # the bits that the fused addition of the next layer would have made
         return all_rows(add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1], group, rows)  # [T, D]
 
+    def stream_shape(self, batch: TokenBatch) -> tuple[int, int]:
+        """What passes from chunk to chunk: all rows, or this rank's share of them, [T or S, D]."""
+        rows = batch.num_tokens if batch.scattered_rows is None else -(-batch.scattered_rows // self.mesh.tp.size)
+        return rows, self.config.hidden_size
+
     def token_logprob(
         self, hidden: Tensor, targets: Tensor, inv_temperature: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
