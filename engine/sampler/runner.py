@@ -113,5 +113,5 @@ def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
     """x[rows] on the calling thread: torch would wake a pool of its own, which competes with the kernels'."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
         return x[int(rows[0]) : int(rows[-1]) + 1]
-    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    bits = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
     return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)
