@@ -245,10 +245,14 @@ def save_and_die(directory: Path, background: bool, where: str, victim: int) -> 
         engine.wait_for_saves()
 
 
-@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(
-    ("where", "victim"),
-    [("engine.state.write_pieces", 1), ("engine.pieces.raw_bytes", 0), ("engine.atomic.os.rename", 0)],
+    ("where", "victim", "background"),
+    [
+        ("engine.state.write_pieces", 1, False),
+        ("engine.pieces.raw_bytes", 1, True),
+        ("engine.pieces.raw_bytes", 0, False),
+        ("engine.atomic.os.rename", 0, True),
+    ],
 )
 def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_last_complete_state(
     tmp_path: Path, pool2: Pool, where: str, victim: int, background: bool
