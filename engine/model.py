@@ -16,6 +16,8 @@ from engine.architectures import architecture_of
 from engine.batch import TokenBatch
 from engine.config import ModelConfig
 from engine.kernels.dtypes import wide_dtype
+from engine.kernels.graph import empty, host_call
+from engine.kernels.memory import unowned
 from engine.kernels.op import OPS
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope import rope_table
@@ -111,7 +113,7 @@ class Transformer:
         for layer in here.layers[1:]:
             x, delta = self._run(layer, x, delta, batch)
         if not here.last:
-            return x + delta  # the bits that the fused addition of the next layer would have made
+            return _sum(x, delta)
         return all_rows(add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1], group, rows)  # [T, D]
 
     def stream_shape(self, batch: TokenBatch) -> tuple[int, int]:
@@ -193,3 +195,14 @@ class Transformer:
             if not (self.has_first and self.head is self.embed):
                 tied = self.config.tie_word_embeddings  # then it is a copy of what the first stage owns
                 yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)
+
+
+def _sum(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta, the bits that the fused addition of the next layer would have made; a recorded forward adds at
+    replay."""
+    if x.requires_grad or delta.requires_grad:
+        return x + delta
+    out = empty(tuple(x.shape), x.dtype)
+    left, right, target = unowned(x), unowned(delta), unowned(out)
+    host_call(lambda rows: torch.add(left[:rows], right[:rows], out=target[:rows]), x.shape[0])
+    return out

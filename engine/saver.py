@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from engine.errors import EngineError
 from engine.log import logger
@@ -31,7 +30,7 @@ class StateSaver:
         """See `state.save_state`. With `wait=False` it returns as soon as this rank's share of the state is copied,
         which takes as much memory again as that share; another save, a load, and `close` wait until it is written."""
         self.wait()
-        self._mesh.agree("save_state", crc32(f"{directory} {wait}".encode()))
+        self._mesh.agree("save_state", str(directory), wait)
         if wait:
             save_state(directory, self._trainer, extra)
             return

@@ -24,6 +24,7 @@ from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
 from engine.packing import pack
+from engine.parallel.context import choose_rows
 from engine.types import Sample, StepStats, TrainStats
 
 
@@ -171,9 +172,9 @@ class Trainer:
         packing = pack([len(sequences[i]) - 1 for i in chosen], self.config.train_batch_tokens)
         for members in packing.bins:
             batch = [sequences[chosen[i]] for i in members]
-            hidden = self.model.forward(self._packed([tokens[:-1] for tokens in batch]))  # [T, D]
             targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
-            logprobs, _ = self.model.token_logprob(hidden, targets, _temperatures([inverse], [len(targets)]))
+            inputs, heat = [tokens[:-1] for tokens in batch], _temperatures([inverse], [len(targets)])
+            logprobs, _ = self._predictions(inputs, torch.arange(len(targets)), targets, heat)
             pieces = logprobs.split([len(tokens) - 1 for tokens in batch])
             for i, piece in zip(members, pieces, strict=True):
                 scored[chosen[i]] = piece.clone()
@@ -183,14 +184,11 @@ class Trainer:
         """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
         counts = [len(target.positions) for target in targets]
         with torch.inference_mode(False), torch.enable_grad():
-            hidden = self.model.forward(self._packed([target.inputs for target in targets]))  # [T, D]
             starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
             rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
-            if len(rows) < hidden.shape[0]:
-                hidden = hidden.index_select(0, rows)  # [T, D] -> [N, D]
             inverse = _temperatures([target.inv_temperature for target in targets], counts)
             tokens = torch.cat([target.tokens for target in targets])
-            logprobs, entropy = self.model.token_logprob(hidden, tokens, inverse)
+            logprobs, entropy = self._predictions([target.inputs for target in targets], rows, tokens, inverse)
             batch = LossBatch(
                 logprobs=logprobs,
                 entropy=entropy,
@@ -217,8 +215,16 @@ class Trainer:
             totals.max_difference = max(totals.max_difference or 0.0, float(difference.max()))
         return list(logprobs.detach().split(counts))
 
-    def _packed(self, sequences: list[list[int]]) -> TokenBatch:
-        return TokenBatch.packed(sequences, scattered=self.model.placement.sequence_parallel)
+    def _predictions(
+        self, sequences: list[list[int]], rows: Tensor, tokens: Tensor, inverse: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy [N] of what the packed sequences' `rows` [N] predict, on every rank."""
+        model = self.model
+        batch = TokenBatch.packed(sequences, model.placement.sequence_parallel, model.mesh.cp)
+        choice = choose_rows(rows, batch.context)
+        hidden = choice.take(model.forward(batch))  # [T, D] -> [rows of the N that are here, D]
+        inverse = None if inverse is None else inverse[choice.mine]
+        return choice.whole(*model.token_logprob(hidden, tokens[choice.mine], inverse))
 
     def _target(self, index: int, sample: Sample, loss: Loss) -> _Target:
         where = f"sample {index}"

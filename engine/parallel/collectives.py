@@ -108,6 +108,16 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     return start_all_gather(x, group).wait()
 
 
+def all_gather_rows(x: Tensor, group: Group) -> list[Tensor]:
+    """The rows of every rank, in order, where their numbers may differ: [n, ...] -> p of [n_i, ...]. Raises
+    ParallelError."""
+    if group.size == 1:
+        return [x]
+    counts = all_gather(torch.tensor(x.shape[0]), group).tolist()
+    rows = all_to_all(torch.cat([x] * group.size), group, [x.shape[0]] * group.size, counts)
+    return list(rows.split(counts))
+
+
 def fold(parts: Tensor) -> Tensor:
     """The sum over the first dimension, from 0 up, in float32 or wider: [p, ...] -> [...] in that type."""
     total = parts[0].to(_wide(parts.dtype), copy=True)
@@ -156,19 +166,21 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
     return x
 
 
-def start_send(x: Tensor, group: Group, to: int) -> Pending[None]:
+def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
     """Sends x to the rank at place `to`. x must live and stay as it is until `wait`."""
     x = x.detach().contiguous()
     with _named("send", group):
-        work = dist.isend(x, group.ranks[to], group=group.handle)
+        work = dist.isend(x, group.ranks[to], group=group.handle, tag=tag)
     return Pending("send", group, work, lambda: None, keep=x)
 
 
-def start_receive(shape: tuple[int, ...], dtype: torch.dtype, group: Group, source: int) -> Pending[Tensor]:
-    """The tensor that the rank at place `source` sends next."""
+def start_receive(
+    shape: tuple[int, ...], dtype: torch.dtype, group: Group, source: int, tag: int = 0
+) -> Pending[Tensor]:
+    """The tensor that the rank at place `source` sends next with this tag."""
     out = torch.empty(shape, dtype=dtype)
     with _named("receive", group):
-        work = dist.irecv(out, group.ranks[source], group=group.handle)
+        work = dist.irecv(out, group.ranks[source], group=group.handle, tag=tag)
     return Pending("receive", group, work, lambda: out)
 
 

@@ -8,6 +8,7 @@ pp 1:  r2 r3         pp 1:  r6 r7                        gradients are summed, o
 from __future__ import annotations
 
 import atexit
+import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from datetime import timedelta
 from itertools import product
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -70,13 +73,12 @@ class Mesh:
     def __str__(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in self.shape.items())
 
-    def agree(self, call: str, fingerprint: int) -> None:
+    def agree(self, call: str, *arguments: object) -> None:
         """Every rank must make the same call with the same arguments. Raises ParallelError that names those who do
         not: a collective later on would hang or mix up their data."""
         if self.world.size == 1:
             return
-        mine = torch.tensor([fingerprint & (2**63 - 1)])
-        prints = all_gather(mine, self.world).view(-1).tolist()
+        prints = all_gather(torch.tensor(fingerprint(call, *arguments)), self.world).tolist()
         others = [rank for rank, value in enumerate(prints) if value != prints[0]]
         if others:
             raise ParallelError(
@@ -168,6 +170,12 @@ def close_group(group: Group) -> None:
         dist.destroy_process_group(group.handle)
 
 
+def fingerprint(*arguments: object) -> int:
+    """63 bits that are a function of the arguments' values alone; of what is no plain data, of its type."""
+    digest = hashlib.blake2b(msgspec.msgpack.encode(arguments, enc_hook=_plain), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def ranks_on_this_machine() -> int:
     """How many ranks torchrun started here; they share its cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
@@ -184,6 +192,19 @@ def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
         return [sum(i * strides[axis] for i, axis in zip(place, axes, strict=True)) for place in places]
 
     return [tuple(base + offset for offset in ranks(span)) for base in ranks(fixed)]
+
+
+def _plain(value: Any) -> object:
+    """What stands for a value that msgspec does not know."""
+    if isinstance(value, torch.Tensor):
+        return [
+            str(value.dtype),
+            *value.shape,
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data,
+        ]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _leave() -> None:

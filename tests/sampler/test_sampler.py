@@ -267,7 +267,7 @@ def test_an_interrupt_in_a_step_frees_everything_and_the_engine_stays_usable(mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.sampler.runner, "run", interrupted)
+        patch.setattr(engine.sampler.runner, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.generate([PROMPTS[1]], params)
     assert engine.sampler.num_unfinished == 0
