@@ -65,8 +65,6 @@ class _Kept:
 def pieces_of(trainer: Trainer) -> list[Piece]:
     """What this rank writes, so that all ranks together write every element once: the rows that it keeps optimizer
     state of, as far as it owns them."""
-    if trainer.model.mesh.data.index > 0:
-        return []
     kept_rows = _kept(trainer, trainer.num_accumulated > 0)
     found: list[Piece] = []
     for part in (part for part in trainer.model.parts() if part.owned):
@@ -205,11 +203,11 @@ def _kept(trainer: Trainer, accumulated: bool) -> dict[int, list[_Kept]]:
     gradient."""
     optimizer = trainer.optimizer
     found: dict[int, list[_Kept]] = {}
-    for weight in optimizer.weights:
+    for block, weight in optimizer.shares.own_rows():
         kinds: dict[str, Tensor] = {}
         if moments := optimizer.state.get(weight.name):
             kinds = {"master": moments.master, "exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
         if accumulated:
             kinds["grad"] = weight.grad_buffer()
-        found.setdefault(id(weight), []).append(_Kept(0, weight.shape[0], kinds))
+        found.setdefault(id(block.weight), []).append(_Kept(block.row, block.rows, kinds))
     return found

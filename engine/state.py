@@ -67,8 +67,8 @@ def snapshot(trainer: Trainer, extra: dict[str, Any] | None = None) -> Snapshot:
         "steps": optimizer.steps,
         "weight_version": trainer.weight_version,
         "num_accumulated": trainer.num_accumulated,
-        "has_moments": bool(optimizer.state),
-        "gradient_lanes": _gradient_lanes(trainer),
+        "has_moments": optimizer.steps > 0,
+        "gradient_lanes": trainer.gradient_lanes,
         "mesh": model.mesh.shape,
         "tensors": {name: list(shape) for name, shape in tensor_shapes(model.config).items()},
         "extra": extra,
@@ -136,6 +136,7 @@ def load_state(directory: str | Path, trainer: Trainer) -> dict[str, Any]:
     optimizer.interrupted = True  # until all is read
     trainer.zero_grad()
     optimizer.state = {}
+    _take_lanes(path, header["gradient_lanes"], trainer)
     with together(mesh.world):
         if header["has_moments"]:
             optimizer.allocate()
@@ -147,12 +148,6 @@ def load_state(directory: str | Path, trainer: Trainer) -> dict[str, Any]:
     trainer.weight_version = header["weight_version"]
     trainer.num_accumulated = header["num_accumulated"]
     optimizer.interrupted = False
-    if mesh.is_main and header["gradient_lanes"] != _gradient_lanes(trainer):
-        logger.warning(
-            "%s was written with %d gradient lanes and training goes on with %d: other sums, other last bits; set "
-            "parallel.gradient_lanes to %d for the same",
-            path, header["gradient_lanes"], _gradient_lanes(trainer), header["gradient_lanes"],
-        )  # fmt: skip
     return header["extra"]
 
 
@@ -202,8 +197,18 @@ def _on_disk(replacement: Replacement, action: Callable[[], T]) -> T:
         raise write_error(error, replacement.target) from error
 
 
-def _gradient_lanes(trainer: Trainer) -> int:
-    return trainer.config.parallel.gradient_lanes or trainer.model.mesh.dp.size
+def _take_lanes(path: Path, saved: int, trainer: Trainer) -> None:
+    """Goes on with the gradient lanes that the state was written with, unless the configuration names others, or they
+    would leave replicas without one."""
+    dp = trainer.model.mesh.dp.size
+    lanes = trainer.config.parallel.gradient_lanes or max(saved, dp)
+    if lanes != trainer.gradient_lanes:
+        trainer.gradient_lanes = lanes
+    if lanes != saved and trainer.model.mesh.is_main:
+        logger.warning(
+            "%s was written with %d gradient lanes and training goes on with %d: gradients are summed in another "
+            "order; set parallel.gradient_lanes to %d to keep their bits", path, saved, lanes, saved
+        )  # fmt: skip
 
 
 def _dtype_name(trainer: Trainer) -> str:
