@@ -72,10 +72,11 @@ def fill(trainer: Trainer) -> None:
     trainer.optimizer.steps, trainer.weight_version, trainer.num_accumulated = 7, 5, 2
 
 
-def write(directory: Path, parallel: dict[str, Any] | None, shard_bytes: int = 100_000, **model: Any) -> None:
+def write(directory: Path, parallel: dict[str, Any] | None, file_bytes: int = 100_000, **model: Any) -> None:
     engine = engine_of(parallel, **model)
-    fill(engine.trainer)
-    with mock.patch("engine.pieces.FILE_BYTES", shard_bytes):
+    with mock.patch("engine.parallel.ownership.BLOCK_ELEMENTS", 2000):
+        fill(engine.trainer)
+    with mock.patch("engine.pieces.FILE_BYTES", file_bytes):
         engine.save_state(directory, {"step": 7})
     engine.close()
 
