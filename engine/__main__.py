@@ -13,6 +13,7 @@ from engine.chat import ChatTemplate, parse_response
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
+from engine.kernels.dtypes import MODEL_DTYPES
 from engine.kernels.table import rows as op_rows
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
@@ -78,10 +79,10 @@ def score(args: argparse.Namespace) -> None:
     console.print(table)
 
 
-def ops(_: argparse.Namespace) -> None:
+def ops(args: argparse.Namespace) -> None:
     """Which backend runs each op here, and why not the others."""
     table = Table("op", "backend", "chosen", "exact", "why not")
-    for row in op_rows():
+    for row in op_rows(MODEL_DTYPES[args.dtype]):
         table.add_row(row.op, row.backend, "yes" if row.chosen else "", "yes" if row.exact else "no", row.why_not)
     console.print(table)
 
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
     def with_model(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument("model", help="a Hugging Face directory")
-        sub.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+        sub.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(MODEL_DTYPES)} (default bfloat16)")
         sub.add_argument("--kv-tokens", type=int, default=65536, help="size of the KV pool (default 65536)")
         return sub
 
@@ -116,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub = with_model(command(score, "score"))
     sub.add_argument("text")
-    command(ops, "ops")
+    command(ops, "ops").add_argument("--dtype", default="bfloat16", choices=MODEL_DTYPES, help="of the model")
     return top
 
 

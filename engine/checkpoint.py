@@ -26,8 +26,8 @@ INDEX = "model.safetensors.index.json"
 # What a checkpoint directory may hold for saving to replace it.
 OWNED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_READABLE = {*_DTYPE_NAMES.values(), "F64"}
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_READABLE = {*_DTYPE_NAMES.values()}
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints carry; we compute it
 _COMPARE_ROWS = 4096
 

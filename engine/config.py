@@ -87,6 +87,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_grad_norm: float = 1.0  # 0: no clipping
 
 
+DTYPES = ("bfloat16", "float32", "float64")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
 
@@ -144,6 +145,10 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the engine runs.
 
+    `dtype` is "bfloat16", "float32", or "float64", which is slow: no kernel computes in it, only the torch definitions.
+    It is there to check gradients (optimizer state and trained log-probabilities are float64 too; tokens are drawn from
+    logits rounded to float32, and `Completion.logprobs` are those), and it is not exact.
+
     `kv_tokens` is the size of the KV pool in tokens; `page_size` a multiple of 16; `max_batch_tokens` the most tokens
     of one sampling step (prompts longer than it are prefilled in chunks); `max_seqs` the most sequences of one step;
     `train_batch_tokens` the most tokens of one training micro-batch (a longer single sample has one to itself).
@@ -164,8 +169,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f'EngineConfig.dtype is "{self.dtype}"; the engine offers "float32" and "bfloat16"')
+        if self.dtype not in DTYPES:
+            raise ConfigError(f'EngineConfig.dtype is "{self.dtype}"; the engine offers {", ".join(DTYPES)}')
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f'EngineConfig.device is "{self.device}"; this build runs on "cpu" (or "auto")')
         if self.page_size < 16 or self.page_size % 16:

@@ -13,6 +13,7 @@ import torch
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CapacityError, EngineError, InputError
+from engine.kernels.dtypes import MODEL_DTYPES
 from engine.kernels.op import cpu_missing, extension
 from engine.log import logger
 from engine.model import Transformer
@@ -25,8 +26,6 @@ from engine.state import load_state, save_state
 from engine.tokenizer import Tokenizer
 from engine.trainer import Trainer
 from engine.types import Completion, Prompt, Sample, SamplingParams, StepStats, TrainStats
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Engine:
@@ -63,7 +62,7 @@ class Engine:
         ConfigError, ParallelError.
         """
         config = config or EngineConfig()
-        model = Transformer(read_config(path), DTYPES[config.dtype], _placement(config, mesh))
+        model = Transformer(read_config(path), MODEL_DTYPES[config.dtype], _placement(config, mesh))
         load_weights(path, model)
         has_tokenizer = (Path(path) / "tokenizer.json").exists()
         return cls(model, config, Tokenizer.from_pretrained(path) if has_tokenizer else None)
@@ -79,13 +78,18 @@ class Engine:
     ) -> Engine:
         """Random weights, a function of `seed`: those of one model on any mesh. Raises ConfigError, ParallelError."""
         config = config or EngineConfig()
-        model = Transformer(model_config, DTYPES[config.dtype], _placement(config, mesh))
+        model = Transformer(model_config, MODEL_DTYPES[config.dtype], _placement(config, mesh))
         model.initialize(seed)
         return cls(model, config, tokenizer)
 
     def close(self) -> None:
         """Ends this engine's part in the group of ranks; every rank calls it. The engine is not used after it."""
         self.mesh.close()
+
+    def agree_any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is True on any: what one rank was told (a signal, a full disk), all act on after
+        the same step. Every rank calls it. Raises ParallelError."""
+        return self.mesh.agree_any(flag)
 
     # ---- sampling ----
 
@@ -130,7 +134,8 @@ class Engine:
     # ---- training ----
 
     def score(self, sequences: Sequence[Prompt], temperature: float = 1.0) -> list[torch.Tensor]:
-        """log p of each token after the first, by the training forward: float32 [len - 1] each.
+        """log p of each token after the first, by the training forward: float32 [len - 1] each (float64 where
+        the engine computes in it).
 
         Raises InputError.
         """

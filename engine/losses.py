@@ -37,11 +37,11 @@ class LossBatch:
     token) count the whole call.
     """
 
-    logprobs: Tensor  # [N] float32
-    entropy: Tensor  # [N] float32
-    advantages: Tensor  # [N] float32
-    old_logprobs: Tensor  # [N] float32
-    ref_logprobs: Tensor  # [N] float32
+    logprobs: Tensor  # [N] float32, or float64 with such a model, like the four that follow
+    entropy: Tensor  # [N]
+    advantages: Tensor  # [N]
+    old_logprobs: Tensor  # [N]
+    ref_logprobs: Tensor  # [N]
     positions: Tensor  # [N] int64
     sequence_ids: Tensor  # [N] int64
     cu_seqlens: Tensor  # [S + 1] int64

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from engine.architectures import architecture_of
 from engine.batch import TokenBatch
 from engine.config import ModelConfig
+from engine.kernels.dtypes import wide_dtype
+from engine.kernels.op import OPS
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope import rope_table
 from engine.kernels.weight import Weight
@@ -52,7 +54,8 @@ class Transformer:
         self.placement = placement = placement or Placement()
         mesh = placement.mesh
         row = architecture_of(config)
-        rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        positions = config.max_position_embeddings
+        rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, positions, wide_dtype(dtype))
         self.config = config
         self.dtype = dtype
         self.mesh = mesh
@@ -86,6 +89,12 @@ class Transformer:
     def has_last(self) -> bool:
         """Whether the last norm and the head are on this rank."""
         return self.chunks[-1].last
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a graph can record the forward: none of its ops runs the torch definition."""
+        ops = ("embedding", "rms_norm", "linear", "attention", "swiglu")
+        return all(OPS[name].chosen(self.dtype).name != "torch" for name in ops)
 
     def forward(self, batch: TokenBatch, stream: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after the last norm, [T, D], all rows on every tensor-parallel rank.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.config import OptimizerConfig
 from engine.errors import ConfigError, InputError, NumericsError, nearest
 from engine.kernels.adamw import adamw_, squared_norm
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.weight import Weight
 
@@ -46,7 +46,7 @@ def learning_rate(
 
 @dataclass
 class Moments:
-    """What AdamW keeps of one weight: fp32, dense, in the weight's own shape."""
+    """What AdamW keeps of one weight: fp32 (float64 for float64), dense, in the weight's own shape."""
 
     master: Tensor
     exp_avg: Tensor
@@ -73,8 +73,9 @@ class AdamW:
             return
         fresh = {}
         for weight in self.weights:
-            master = weight.dense(dtype=torch.float32)
-            fresh[weight.name] = Moments(master, zeros(weight.shape, torch.float32), zeros(weight.shape, torch.float32))
+            dtype = wide_dtype(weight.dtype)
+            master = weight.dense(dtype=dtype)
+            fresh[weight.name] = Moments(master, zeros(weight.shape, dtype), zeros(weight.shape, dtype))
         self.state = fresh
 
     def zero_grad(self) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.atomic import atomic_directory, recover
 from engine.errors import CheckpointError, InputError
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.weight import Weight
 from engine.trainer import Trainer
 
@@ -104,7 +104,7 @@ def _shards(trainer: Trainer) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
 def _tensors(weight: Weight, trainer: Trainer) -> dict[str, Tensor]:
     moments = trainer.optimizer.state.get(weight.name)
     if moments is None:
-        found = {"master": weight.dense(dtype=torch.float32)}
+        found = {"master": weight.dense(dtype=wide_dtype(weight.dtype))}
     else:
         found = {"master": moments.master, "exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
     if trainer.num_accumulated:

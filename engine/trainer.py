@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import EngineConfig
 from engine.errors import EngineError, InputError, NumericsError
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
 from engine.kernels.token_logprob import inverse_temperature
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
@@ -49,9 +50,9 @@ class _Target:
     inputs: list[int]  # the tokens up to the last row that predicts a loss token; later ones cannot matter to the loss
     positions: Tensor  # [N] int64: index of each loss token; row positions - 1 predicts it
     tokens: Tensor  # [N] int32
-    advantages: Tensor  # [N] float32
-    old_logprobs: Tensor  # [N] float32, NaN where not given
-    ref_logprobs: Tensor  # [N] float32, NaN where not given
+    advantages: Tensor  # [N] float32, or float64 with such a model
+    old_logprobs: Tensor  # [N] likewise, NaN where not given
+    ref_logprobs: Tensor  # [N] likewise, NaN where not given
     inv_temperature: float
 
 
@@ -75,6 +76,7 @@ class Trainer:
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
         self.config = config
+        self.dtype = wide_dtype(model.dtype)  # of log-probabilities, losses and what they are computed from
         self.optimizer = AdamW(model.weights(), config.optimizer)
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
@@ -104,7 +106,7 @@ class Trainer:
             )
         totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
         packing = pack([len(targets[i].inputs) for i in chosen], self.config.train_batch_tokens)
-        logprobs = [torch.full((len(sample.tokens) - 1,), math.nan) for sample in samples]
+        logprobs = [torch.full((len(sample.tokens) - 1,), math.nan, dtype=self.dtype) for sample in samples]
         try:
             for members in packing.bins:
                 batch = [chosen[i] for i in members]
@@ -164,7 +166,7 @@ class Trainer:
         inverse = _inverse(temperature, "score")
         for index, tokens in enumerate(sequences):
             self._token_ids(f"sequence {index}", tokens)
-        scored = [torch.empty(0)] * len(sequences)
+        scored = [torch.empty(0, dtype=self.dtype)] * len(sequences)
         chosen = [index for index, tokens in enumerate(sequences) if len(tokens) > 1]
         packing = pack([len(sequences[i]) - 1 for i in chosen], self.config.train_batch_tokens)
         for members in packing.bins:
@@ -229,12 +231,13 @@ class Trainer:
             raise InputError(f"{where}: loss_mask[0] is 1, but nothing predicts the first token; it must be 0")
         positions = mask.nonzero().flatten()
         if isinstance(sample.advantages, int | float):
-            advantages = torch.full((len(positions),), float(sample.advantages))
+            advantages = torch.full((len(positions),), float(sample.advantages), dtype=self.dtype)
         else:
-            advantages = _vector(where, "advantages", sample.advantages, length).float()[positions]
+            advantages = _vector(where, "advantages", sample.advantages, length, self.dtype)[positions]
         _finite(where, "advantages", advantages, positions)
-        old = _logprobs(where, "old_logprobs", sample.old_logprobs, positions, length, loss, loss.needs_old_logprobs)
-        ref = _logprobs(where, "ref_logprobs", sample.ref_logprobs, positions, length, loss, loss.needs_ref_logprobs)
+        rest = (positions, length, self.dtype, loss)
+        old = _logprobs(where, "old_logprobs", sample.old_logprobs, *rest, needed=loss.needs_old_logprobs)
+        ref = _logprobs(where, "ref_logprobs", sample.ref_logprobs, *rest, needed=loss.needs_ref_logprobs)
         return _Target(
             sample=sample,
             inputs=sample.tokens[: int(positions[-1])] if len(positions) else [],
@@ -263,9 +266,9 @@ class Trainer:
         return ids
 
 
-def _vector(where: str, name: str, values: Any, length: int) -> Tensor:
+def _vector(where: str, name: str, values: Any, length: int, dtype: torch.dtype | None = None) -> Tensor:
     try:
-        vector = torch.as_tensor(values)
+        vector = torch.as_tensor(values, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{where}: {name} is not a list of numbers ({error})") from None
     if tuple(vector.shape) != (length,):
@@ -279,14 +282,16 @@ def _finite(where: str, name: str, values: Tensor, positions: Tensor) -> None:
         raise InputError(f"{where}: {name}[{int(positions[at])}] is {float(values[at])}; it must be finite")
 
 
-def _logprobs(where: str, name: str, values: Any, positions: Tensor, length: int, loss: Loss, needed: bool) -> Tensor:
-    """The log-probabilities of the loss tokens, [N] float32; NaN where the sample has none and the loss needs none."""
+def _logprobs(
+    where: str, name: str, values: Any, positions: Tensor, length: int, dtype: torch.dtype, loss: Loss, *, needed: bool
+) -> Tensor:
+    """Log-probabilities of the loss tokens, [N] of `dtype`; NaN where the sample has none and the loss needs none."""
     if values is None:
         if needed and len(positions):
             remedy = "pass Completion.logprobs" if name == "old_logprobs" else "score the tokens with the reference"
             raise InputError(f'{where} has no {name}, which the loss "{loss.name}" needs; {remedy}')
-        return torch.full((len(positions),), math.nan)
-    vector = _vector(where, name, values, length).float()[positions]
+        return torch.full((len(positions),), math.nan, dtype=dtype)
+    vector = _vector(where, name, values, length, dtype)[positions]
     _finite(where, name, vector, positions)
     if len(vector) and vector.max() > 1e-3:  # a softmax may round to just above 0; a placeholder is far above
         at = int(vector.argmax())

@@ -120,9 +120,10 @@ class Sample:
 class TrainStats:
     """What `forward_backward` saw.
 
-    `logprobs` are float32 [L - 1] per sample, in the order given: entry i - 1 is that of token i where its mask is 1,
-    NaN where it is 0. `metrics` has entropy, clip_fraction, ratio_mean, ratio_max, kl_old, kl_ref (as far as samples
-    and loss give rise to them), max_staleness in weight versions, micro_batches and packing_fill.
+    `logprobs` are float32 (float64 with a float64 model) [L - 1] per sample, in the order given: entry i - 1 is that of
+    token i where its mask is 1, NaN where it is 0. `metrics` has entropy, clip_fraction, ratio_mean, ratio_max, kl_old,
+    kl_ref (as far as samples and loss give rise to them), max_staleness in weight versions, micro_batches and
+    packing_fill.
     """
 
     loss: float

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, Sample, SamplingParams
 from engine.kernels.op import extension, isas, use_isa
-from engine.sampler import runner as runner_module
+from engine.model import Transformer
 from tests.tiny import FAMILIES, tiny_config
 
 DTYPES = ("float32", "bfloat16")
@@ -127,7 +127,7 @@ def test_cached_prefix_is_used_and_changes_no_bit():
 def test_recorded_forward_equals_eager_forward_bitwise(dtype, monkeypatch):
     prompts, params = prompts_of([3, 50]), SamplingParams(n=2, max_tokens=12, seed=4, ignore_eos=True)
     recorded = make("LlamaForCausalLM", dtype).generate(prompts, params)
-    monkeypatch.setattr(runner_module, "cpu_missing", lambda: "so that nothing is recorded")
+    monkeypatch.setattr(Transformer, "recordable", False)
     eager = make("LlamaForCausalLM", dtype, max_seqs=31).generate(prompts, params)
     for a, b in zip(chain(*recorded), chain(*eager), strict=True):
         assert torch.equal(a.logprobs, b.logprobs)
@@ -193,7 +193,7 @@ def test_a_planted_fault_is_caught(monkeypatch):
         return (y if bias is None else y + bias.data.float()).to(out_dtype or x.dtype)
 
     monkeypatch.setattr(layers, "linear", picks_by_rows)
-    monkeypatch.setattr(runner_module, "cpu_missing", lambda: "so that the fault is not recorded away")
+    monkeypatch.setattr(Transformer, "recordable", False)  # or the fault is recorded away
     engine = make("LlamaForCausalLM", "float32", max_seqs=30)
     with pytest.raises(AssertionError, match=r"sampled .* trained"):
         assert_exact(engine, prompts_of([40]), SamplingParams(max_tokens=20, seed=1, ignore_eos=True))

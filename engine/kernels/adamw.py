@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 from engine.kernels.weight import Weight
 
@@ -32,22 +32,23 @@ def adamw_(
 ) -> None:
     """One step of AdamW (decoupled weight decay, arXiv 1711.05101) from `weight.grad_buffer()` times `grad_scale`.
 
-    `master`, `exp_avg` and `exp_avg_sq` are float32, dense, of the weight's shape, and updated in place; `step` is 1
-    for the first. The compute weight is written from the new master, rounded to its dtype, in its own layout, in the
-    same pass. The gradient is left as it is. Raises InputError for a shape, dtype or step that does not fit.
+    `master`, `exp_avg` and `exp_avg_sq` are float32 (float64 for a float64 weight), dense, of the weight's shape, and
+    updated in place; `step` is 1 for the first. The compute weight is written from the new master, rounded to its
+    dtype, in its own layout, in the same pass. The gradient is left as it is. Raises InputError for a shape, dtype or
+    step that does not fit.
     """
     if step < 1:
         raise InputError(f"step is {step}; the first step is 1")
     for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        check(name, tensor, weight.shape, torch.float32)
+        check(name, tensor, weight.shape, wide_dtype(weight.dtype))
     settings = (learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step)
-    ADAMW["step"](weight, master, exp_avg, exp_avg_sq, *settings)
+    ADAMW["step", weight.dtype](weight, master, exp_avg, exp_avg_sq, *settings)
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Sum of the squares of a contiguous float32 tensor, in float64; the same bits for any number of threads."""
-    check("tensor", tensor, (None,) * tensor.dim(), torch.float32)
-    return ADAMW["squared_norm"](tensor)
+    """Sum of the squares of a contiguous float32 or float64 tensor, in float64: the same for any number of threads."""
+    check("tensor", tensor, (None,) * tensor.dim(), wide_dtype(tensor.dtype))
+    return ADAMW["squared_norm", tensor.dtype](tensor)
 
 
 def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float) -> None:
@@ -90,7 +91,7 @@ def _squared_norm_torch(tensor: Tensor) -> float:
 ADAMW = Op(
     "adamw",
     [
-        Backend("cpu", {"step": _step_cpu, "squared_norm": _squared_norm_cpu}, cpu_missing),
+        Backend("cpu", {"step": _step_cpu, "squared_norm": _squared_norm_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
         Backend("torch", {"step": _step_torch, "squared_norm": _squared_norm_torch}),
     ],
 )

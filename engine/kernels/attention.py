@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.kernels.dtypes import MODEL_DTYPES, wide, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.memory import zeros
 from engine.kernels.op import Backend, Op, cpu_missing, extension
@@ -68,8 +69,8 @@ def allocate_pages(num_pages: int, page_size: int, spec: AttentionSpec, dtype: t
     """
     if page_size < _BLOCK or page_size % _BLOCK:
         raise InputError(f"page_size is {page_size}; it must be a multiple of {_BLOCK}")
-    if dtype not in DTYPES:
-        raise InputError(f"pages cannot be {dtype}; attention takes torch.float32 and torch.bfloat16")
+    if dtype not in MODEL_DTYPES.values():
+        raise InputError(f"pages cannot be {dtype}; attention takes {', '.join(map(str, MODEL_DTYPES.values()))}")
     size = spec.num_kv_heads * page_size
     return (
         zeros((num_pages, size * _depth(spec, dtype)), dtype),
@@ -193,7 +194,7 @@ def attention(
     (where `q_norm`, `k_norm` [Dh] are given) and turned by `rope` (fp32 [P, Dh], see rope_table) in fp32 and rounded
     once. Keys and values go to the pages that `plan` names in `keys` and `values` (from allocate_pages), or, where
     these are None, to pages that live as long as the call. Then each query takes the softmax over the keys it sees,
-    summed in fp32.
+    summed in fp32. float64 is computed in float64 throughout, with a float64 `rope`.
 
     A row's output has the same bits whatever else is in the batch, however its prompt was chunked, wherever its pages
     lie and however large they are. Under grad (without pages) the backward returns dqkv and adds to the norms'
@@ -211,7 +212,7 @@ def attention(
             raise InputError("attention has no gradient through a KV cache; call it without keys and values")
         return _Attention.apply(qkv, kv, spec, rope, plan, q_norm, k_norm)
     kv = None if kv is None else kv.detach()
-    return OP["forward"](qkv.detach(), kv, spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
+    return OP["forward", qkv.dtype](qkv.detach(), kv, spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -220,7 +221,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
                 q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
-        out, lse = OP["forward"](qkv, kv, spec, rope, plan, None, None, q_norm, k_norm, True)
+        out, lse = OP["forward", qkv.dtype](qkv, kv, spec, rope, plan, None, None, q_norm, k_norm, True)
         ctx.save_for_backward(qkv, kv, out, lse)
         ctx.spec, ctx.rope, ctx.plan, ctx.q_norm, ctx.k_norm = spec, rope, plan, q_norm, k_norm
         ctx.version = plan.version, plan.kv_plan.version
@@ -231,16 +232,16 @@ class _Attention(torch.autograd.Function):
         if (ctx.plan.version, ctx.plan.kv_plan.version) != ctx.version:
             raise InputError("the attention plan was built anew between forward and backward; use one plan per batch")
         qkv, kv, out, lse = ctx.saved_tensors
-        d_qkv, d_kv = OP["backward"](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, kv, ctx.spec, ctx.rope, ctx.plan,
-                                     ctx.q_norm, ctx.k_norm)  # fmt: skip
+        d_qkv, d_kv = OP["backward", qkv.dtype](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, kv, ctx.spec, ctx.rope,
+                                                ctx.plan, ctx.q_norm, ctx.k_norm)  # fmt: skip
         return d_qkv, d_kv, None, None, None, None, None
 
 
 def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
            values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
            kv: Tensor | None) -> None:  # fmt: skip
-    if qkv.dtype not in DTYPES:
-        raise InputError(f"qkv is {qkv.dtype}; attention takes torch.float32 and torch.bfloat16")
+    if qkv.dtype not in MODEL_DTYPES.values():
+        raise InputError(f"qkv is {qkv.dtype}; attention takes {', '.join(map(str, MODEL_DTYPES.values()))}")
     if kv is None:
         if plan.kv_plan is not plan:
             raise InputError("the plan is of queries alone; attention with it needs kv, the rows of plan.kv_plan")
@@ -248,8 +249,15 @@ def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, 
             raise InputError(f"qkv is {tuple(qkv.shape)}; {spec} needs contiguous [T, {spec.row_size}]")
     else:
         _check_apart(qkv, kv, spec, plan)
-    if rope.dtype != torch.float32 or rope.dim() != 2 or rope.shape[1] != spec.head_dim or not rope.is_contiguous():
-        raise InputError(f"rope is {rope.dtype} {tuple(rope.shape)}; attention needs fp32 [P, {spec.head_dim}]")
+    if (
+        rope.dtype != wide_dtype(qkv.dtype)
+        or rope.dim() != 2
+        or rope.shape[1] != spec.head_dim
+        or not rope.is_contiguous()
+    ):
+        raise InputError(
+            f"rope is {rope.dtype} {tuple(rope.shape)}; {qkv.dtype} needs {wide_dtype(qkv.dtype)} [P, {spec.head_dim}]"
+        )
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None and (norm.shape != (spec.head_dim,) or norm.dtype != qkv.dtype):
             raise InputError(f"{name} is {norm.dtype} {norm.shape}; qkv needs {qkv.dtype} ({spec.head_dim},)")
@@ -311,11 +319,11 @@ def _definition(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tenso
     dtype = qkv.dtype
     kv_plan, queries = plan.kv_plan, spec.num_heads * spec.head_dim
     q, kv = (qkv, kv) if kv is not None else qkv.split([queries, qkv.shape[1] - queries], 1)
-    q, kv = (_wide(x).unflatten(1, (-1, spec.head_dim)) for x in (q, kv))
+    q, kv = (wide(x).unflatten(1, (-1, spec.head_dim)) for x in (q, kv))
     k, v = kv[: kv_plan.num_tokens].chunk(2, 1)
     at = plan.rows()  # the row of `k` and `v` that each query is
-    q = _wide(_norm_and_turn(q, q_norm, spec.eps, rope, kv_plan.positions[at]).to(dtype))
-    k = _wide(_norm_and_turn(k, k_norm, spec.eps, rope, kv_plan.positions).to(dtype))
+    q = wide(_norm_and_turn(q, q_norm, spec.eps, rope, kv_plan.positions[at]).to(dtype))
+    k = wide(_norm_and_turn(k, k_norm, spec.eps, rope, kv_plan.positions).to(dtype))
     outs = [q.new_empty(0, spec.num_heads, spec.head_dim)]
     for s, context in enumerate(kv_plan.context_lens.tolist()):
         begin, end = kv_plan.cu_seqlens[s : s + 2].tolist()
@@ -335,11 +343,6 @@ def _definition(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tenso
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, sequence_v))
     return torch.cat(outs).flatten(1).to(dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """What the definition computes in: fp32, or float64 where that is given."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _norm_and_turn(x: Tensor, weight: Tensor | None, eps: float, rope: Tensor, positions: Tensor) -> Tensor:
@@ -371,7 +374,7 @@ def _read(keys: Tensor, values: Tensor, pages: Tensor, context: int, spec: Atten
     page, slot = _slots(pages, 0, context, page_size)
     k = keys.view(key_shape)[page, :, slot // _BLOCK, :, slot % _BLOCK].flatten(2)[..., : spec.head_dim]
     v = values.view(value_shape)[page, :, :, slot // pair, :, slot % pair].flatten(2)
-    return k.float(), v.float()
+    return wide(k), wide(v)
 
 
 def _torch_forward(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
@@ -455,7 +458,7 @@ def _cpu_backward(d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, kv: Tens
 OP = Op(
     "attention",
     [
-        Backend("cpu", {"forward": _cpu_forward, "backward": _cpu_backward}, why_not=cpu_missing),
+        Backend("cpu", {"forward": _cpu_forward, "backward": _cpu_backward}, why_not=cpu_missing, dtypes=DTYPES),
         Backend("torch", {"forward": _torch_forward, "backward": _torch_backward}, exact=False),
     ],
 )

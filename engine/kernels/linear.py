@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.kernels.dtypes import wide, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 from engine.kernels.weight import DTYPES, Weight
@@ -23,17 +24,18 @@ def linear(x: Tensor, weight: Weight, bias: Weight | None = None, out_dtype: tor
 
     `x` has the weight's dtype; its rows may lie apart (stride(0) >= K) but not their elements. A row of y has the same
     bits whatever T is and wherever in x the row stands. Under grad, the backward returns dx and adds dW and db to
-    `weight.grad_buffer()` and `bias.grad_buffer()`. Raises InputError for shapes or dtypes that do not match.
+    `weight.grad_buffer()` and `bias.grad_buffer()`. float64 is summed in float64, in the gradients too. Raises
+    InputError for shapes or dtypes that do not match.
     """
     _check(x, weight, "x", weight.shape[-1])
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias {bias.name} is {bias.shape}; weight {weight.name} {weight.shape} needs one per row")
     out_dtype = out_dtype or x.dtype
-    if out_dtype not in DTYPES:
-        raise InputError(f"linear cannot write {out_dtype}; it writes torch.float32 and torch.bfloat16")
+    if out_dtype not in DTYPES and out_dtype != x.dtype:
+        raise InputError(f"linear cannot write {out_dtype} from {x.dtype}; it writes torch.float32 and torch.bfloat16")
     if torch.is_grad_enabled() and x.requires_grad:
         return _Linear.apply(x, weight, bias, out_dtype)
-    return OP["forward"](_rows(x), weight, bias, out_dtype)
+    return OP["forward", x.dtype](_rows(x), weight, bias, out_dtype)
 
 
 def linear_grad_input(dy: Tensor, weight: Weight) -> Tensor:
@@ -43,7 +45,7 @@ def linear_grad_input(dy: Tensor, weight: Weight) -> Tensor:
     """
     dy = dy.to(weight.dtype)
     _check(dy, weight, "dy", weight.shape[0])
-    return OP["grad_input"](_rows(dy), weight)
+    return OP["grad_input", weight.dtype](_rows(dy), weight)
 
 
 def linear_grad_weight_(dy: Tensor, x: Tensor, weight: Weight) -> None:
@@ -59,7 +61,7 @@ def linear_grad_weight_(dy: Tensor, x: Tensor, weight: Weight) -> None:
     if _deferred is not None:
         _deferred.add(_rows(dy), _rows(x), weight)
     else:
-        OP["grad_weight_"](_rows(dy), _rows(x), weight)
+        OP["grad_weight_", weight.dtype](_rows(dy), _rows(x), weight)
 
 
 class WeightGradients:
@@ -79,7 +81,7 @@ class WeightGradients:
         """Adds them to their buffers, oldest first, and lets go of them."""
         waiting, self._waiting = self._waiting, []
         for dy, x, weight in waiting:
-            OP["grad_weight_"](dy, x, weight)
+            OP["grad_weight_", weight.dtype](dy, x, weight)
 
 
 _deferred: WeightGradients | None = None
@@ -104,7 +106,7 @@ def linear_grad_bias_(dy: Tensor, bias: Weight) -> None:
     """`bias.grad_buffer()` += the sum of dy's rows, [T, N] -> [N], in fp32, token by token."""
     if dy.dim() != 2 or dy.shape[1:] != bias.shape:
         raise InputError(f"dy is {tuple(dy.shape)}; bias {bias.name} {bias.shape} needs one column per element")
-    OP["grad_bias_"](_rows(dy), bias)
+    OP["grad_bias_", bias.dtype](_rows(dy), bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -114,7 +116,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, out_dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias = weight, bias
-        return OP["forward"](_rows(x), weight, bias, out_dtype)
+        return OP["forward", x.dtype](_rows(x), weight, bias, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -144,25 +146,25 @@ def _check(x: Tensor, weight: Weight, what: str, width: int) -> None:
 
 
 def _torch_forward(x: Tensor, weight: Weight, bias: Weight | None, out_dtype: torch.dtype) -> Tensor:
-    """In fp32, on rows padded to a multiple of 16: torch takes other kernels for a few rows (measured: up to 11)."""
+    """On rows padded to a multiple of 16: torch takes other kernels for a few rows (measured in fp32: up to 11)."""
     num_rows = x.shape[0]
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, -num_rows % 16))
-    y = padded @ weight.dense(dtype=torch.float32).T
+    padded = torch.nn.functional.pad(wide(x), (0, 0, 0, -num_rows % 16))
+    y = padded @ weight.dense(dtype=padded.dtype).T
     if bias is not None:
-        y = y + bias.dense(dtype=torch.float32)
+        y = y + bias.dense(dtype=y.dtype)
     return y[:num_rows].to(out_dtype)
 
 
 def _torch_grad_input(dy: Tensor, weight: Weight) -> Tensor:
-    return (dy.float() @ weight.dense(dtype=torch.float32)).to(weight.dtype)
+    return (wide(dy) @ weight.dense(dtype=wide_dtype(dy.dtype))).to(weight.dtype)
 
 
 def _torch_grad_weight_(dy: Tensor, x: Tensor, weight: Weight) -> None:
-    weight.grad_buffer().addmm_(dy.float().T, x.float())
+    weight.grad_buffer().addmm_(wide(dy).T, wide(x))
 
 
 def _torch_grad_bias_(dy: Tensor, bias: Weight) -> None:
-    bias.grad_buffer().add_(dy.float().sum(0))
+    bias.grad_buffer().add_(wide(dy).sum(0))
 
 
 # ---- C++: csrc/cpu/linear.inl ----
@@ -222,6 +224,7 @@ OP = Op(
                 "grad_bias_": _cpu_grad_bias_,
             },
             why_not=cpu_missing,
+            dtypes=DTYPES,
         ),
         Backend(
             "torch",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from engine.errors import ConfigError
 
@@ -38,14 +40,25 @@ def cpu_missing() -> str:
 class Backend:
     """One implementation of an op.
 
-    `why_not()` is empty where the backend can run. `exact` says that it keeps the contract of row invariance.
-    `functions` are what the op's public functions call, by name ("forward", "backward", ...).
+    `why_not()` is empty where the backend can run; `dtypes` are those it computes in, all if empty. `exact` says that
+    it keeps the contract of row invariance. `functions` are what the op's public functions call, by name ("forward",
+    "backward", ...).
     """
 
     name: str
     functions: dict[str, Callable[..., Any]]
     why_not: Callable[[], str] = lambda: ""
     exact: bool = True
+    dtypes: Collection[torch.dtype] = ()
+
+    def refusal(self, dtype: torch.dtype | None = None) -> str:
+        """Why it cannot compute in `dtype` (None: in any of its own) here; empty where it can."""
+        if reason := self.why_not():
+            return reason
+        if dtype is None or not self.dtypes or dtype in self.dtypes:
+            return ""
+        own = " and ".join(str(each).removeprefix("torch.") for each in self.dtypes)
+        return f"it computes in {own}, not in {str(dtype).removeprefix('torch.')}"
 
 
 class Op:
@@ -56,8 +69,8 @@ class Op:
         self.backends = backends
         OPS[name] = self
 
-    def chosen(self) -> Backend:
-        """The first backend that can run here, or the one `use_backend` asks for.
+    def chosen(self, dtype: torch.dtype | None = None) -> Backend:
+        """The first backend that can compute in `dtype` here, or the one `use_backend` asks for.
 
         Raises ConfigError when none can.
         """
@@ -65,14 +78,17 @@ class Op:
         for backend in self.backends:
             if _forced is not None and backend.name != _forced:
                 reasons.append(f"{backend.name}: not the backend asked for ({_forced})")
-            elif reason := backend.why_not():
+            elif reason := backend.refusal(dtype):
                 reasons.append(f"{backend.name}: {reason}")
             else:
                 return backend
         raise ConfigError(f"op {self.name} has no backend that can run here: {'; '.join(reasons)}")
 
-    def __getitem__(self, function: str) -> Callable[..., Any]:
-        return self.chosen().functions[function]
+    def __getitem__(self, key: str | tuple[str, torch.dtype]) -> Callable[..., Any]:
+        """op["forward", dtype]: the function of the backend that computes in `dtype`; op["forward"] where there is but
+        one dtype."""
+        function, dtype = (key, None) if isinstance(key, str) else key
+        return self.chosen(dtype).functions[function]
 
 
 @contextmanager

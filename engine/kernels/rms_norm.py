@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.dtypes import KERNEL_DTYPES, wide
 from engine.kernels.graph import empty
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 from engine.kernels.weight import Weight
 
 
 def rms_norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, over each row: [T, D] -> [T, D] in x's dtype (float32 or bfloat16).
+    """x / sqrt(mean(x^2) + eps) * weight, over each row: [T, D] -> [T, D] in x's dtype.
 
-    The mean and the division are float32; the quotient is rounded to x's dtype before it meets the weight, as Hugging
-    Face's Llama does. Where x requires grad, the backward adds the weight's gradient to `weight.grad_buffer()`.
-    Raises InputError for a shape or dtype that does not fit.
+    The mean and the division are float32 (float64 for float64); the quotient is rounded to x's dtype before it meets
+    the weight, as Hugging Face's Llama does. Where x requires grad, the backward adds the weight's gradient to
+    `weight.grad_buffer()`. Raises InputError for a shape or dtype that does not fit.
     """
     _check(x, weight)
     if torch.is_grad_enabled() and x.requires_grad:
         return _RMSNorm.apply(x, weight, eps)
-    return RMS_NORM["forward"](x, None, weight.data, eps, False)[1]
+    return RMS_NORM["forward", x.dtype](x, None, weight.data, eps, False)[1]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
@@ -42,14 +43,14 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Weight, eps: float) ->
         check("delta", delta, tuple(x.shape), x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
         return _AddRMSNorm.apply(x, delta, weight, eps)
-    return RMS_NORM["forward"](x, delta, weight.data, eps, False)[:2]
+    return RMS_NORM["forward", x.dtype](x, delta, weight.data, eps, False)[:2]
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition in plain torch."""
-    wide = x.float() if x.dtype != torch.float64 else x
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (wide * rstd).to(x.dtype)
+    y = wide(x)
+    rstd = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (y * rstd).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Weight) -> None:
@@ -60,7 +61,7 @@ def _check(x: Tensor, weight: Weight) -> None:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, eps: float) -> Tensor:
-        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(), weight, eps
+        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(x.dtype), weight, eps
         _, out, rstd = ctx.backend.functions["forward"](x, None, weight.data, eps, True)
         ctx.save_for_backward(x, rstd)
         return out
@@ -73,7 +74,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
-        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(), weight, eps
+        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(x.dtype), weight, eps
         ctx.set_materialize_grads(False)  # nothing reads the last layer's sum: its gradient is None, not zeros
         total, out, rstd = ctx.backend.functions["forward"](x, delta, weight.data, eps, True)
         ctx.has_delta = delta is not None
@@ -134,7 +135,7 @@ def _backward_torch(
 RMS_NORM = Op(
     "rms_norm",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing),
+        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
         # torch shares one row's sum among threads when there are few rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],

@@ -17,12 +17,15 @@ from engine.errors import ConfigError, nearest
 Scaling = dict[str, Any]
 
 
-def rope_table(head_dim: int, theta: float, scaling: Scaling | None, max_positions: int) -> Tensor:
+def rope_table(
+    head_dim: int, theta: float, scaling: Scaling | None, max_positions: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """cos and sin of every angle, fp32 [max_positions, head_dim]: a row is [head_dim/2] cos, then [head_dim/2] sin.
 
     `scaling` is Hugging Face's `rope_scaling`: rope_type "default", "linear" (arXiv 2306.15595), "llama3" (Llama 3.1's
     model card) or "yarn" (arXiv 2309.00071); frequencies and angles are computed in fp32, in the order in which
-    transformers does. Raises ConfigError for another rope_type or a missing number.
+    transformers does. A `dtype` of float64 widens the fp32 table: the model is the same function, computed more
+    precisely. Raises ConfigError for another rope_type or a missing number.
     """
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"head_dim is {head_dim}; rotary embedding turns pairs, so it must be even")
@@ -34,7 +37,7 @@ def rope_table(head_dim: int, theta: float, scaling: Scaling | None, max_positio
     frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     frequency, amplitude = _KINDS[kind](frequency, scaling, theta, max_positions)
     angle = torch.arange(max_positions).float()[:, None] * frequency[None]  # [P, Dh/2]
-    return torch.cat([angle.cos() * amplitude, angle.sin() * amplitude], 1)
+    return torch.cat([angle.cos() * amplitude, angle.sin() * amplitude], 1).to(dtype)
 
 
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:

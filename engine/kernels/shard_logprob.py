@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 
@@ -27,30 +28,31 @@ def shard_targets(tokens: Tensor, first_row: int, rows: int) -> Tensor:
 def shard_statistics(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None = None) -> Tensor:
     """What this shard knows of each row's softmax: float64 [R, 3 + n].
 
-    `logits` float32 [R, V]; `targets` int32 [R, n], columns of this shard or -1 where the target is in another;
-    `inv_temperature` float32 [R] or None for ones. With z = logit * inv_temperature the columns are max z,
-    sum exp(z - max), sum exp(z - max) (z - max), and z of each target, -inf where it is -1. A shard of nothing but -inf
-    has no mass: its sums are 0. Raises InputError for a shape, dtype or target that does not fit.
+    `logits` float32 (or float64) [R, V]; `targets` int32 [R, n], columns of this shard or -1 where the target is in
+    another; `inv_temperature` float32 [R] or None for ones. With z = logit * inv_temperature the columns are max z, sum
+    exp(z - max), sum exp(z - max) (z - max), and z of each target, -inf where it is -1. A shard of nothing but -inf has
+    no mass: its sums are 0. Raises InputError for a shape, dtype or target that does not fit.
     """
-    check("logits", logits, (None, None), torch.float32)
+    check("logits", logits, (None, None), wide_dtype(logits.dtype))
     check("targets", targets, (logits.shape[0], None), torch.int32)
     _check_columns(targets, logits.shape[1])
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (logits.shape[0],), logits.dtype)
-    return SHARD_LOGPROB["statistics"](logits, targets, inv_temperature)
+        check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
+    return SHARD_LOGPROB["statistics", logits.dtype](logits, targets, inv_temperature)
 
 
-def fold_statistics(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every shard's statistics, float64 [p, R, 3 + n] -> log-probabilities [R, n], entropy [R], stats [R, 2], float32.
+def fold_statistics(statistics: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Every shard's statistics, float64 [p, R, 3 + n] -> log-probabilities [R, n], entropy [R], stats [R, 2].
 
-    Folded over the shards in their order, in float64, by the definitions of `logits_logprob`: a row with a NaN or +inf
-    in any shard, or with nothing but -inf in all of them, has NaN for both. `stats` is what the gradient of a shard
-    reads. A target that no shard has is -inf, like one that cannot be drawn. Raises InputError for another shape.
+    The results are of `dtype`, which is that of the logits. Folded over the shards in their order, in float64, by the
+    definitions of `logits_logprob`: a row with a NaN or +inf in any shard, or with nothing but -inf in all of them, has
+    NaN for both. `stats` is what the gradient of a shard reads. A target that no shard has is -inf, like one that
+    cannot be drawn. Raises InputError for another shape.
     """
     check("statistics", statistics, (None, None, None), torch.float64)
     if statistics.shape[0] < 1 or statistics.shape[2] < 3:
         raise InputError(f"statistics are {list(statistics.shape)}; they must be [shards, rows, 3 + targets of a row]")
-    return SHARD_LOGPROB["fold"](statistics)
+    return SHARD_LOGPROB["fold", dtype](statistics, dtype)
 
 
 def shard_logprob_backward(
@@ -70,7 +72,7 @@ def shard_logprob_backward(
     and entropy, which every shard gets alike. Raises InputError for what does not fit.
     """
     rows = logits.shape[0]
-    check("logits", logits, (None, None), torch.float32)
+    check("logits", logits, (None, None), wide_dtype(logits.dtype))
     check("targets", targets, (rows,), torch.int32)
     _check_columns(targets, logits.shape[1])
     check("stats", stats, (rows, 2), logits.dtype)
@@ -78,8 +80,9 @@ def shard_logprob_backward(
     check("d_logprobs", d_logprobs, (rows,), logits.dtype)
     check("d_entropy", d_entropy, (rows,), logits.dtype)
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (rows,), logits.dtype)
-    return SHARD_LOGPROB["backward"](logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, dtype)
+        check("inv_temperature", inv_temperature, (rows,), torch.float32)
+    backward = SHARD_LOGPROB["backward", logits.dtype]
+    return backward(logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, dtype)
 
 
 def _check_columns(targets: Tensor, columns: int) -> None:
@@ -104,7 +107,7 @@ def _statistics_torch(logits: Tensor, targets: Tensor, inv_temperature: Tensor |
     return torch.cat([largest, terms.sum(1, keepdim=True), moment, chosen], 1)
 
 
-def _fold_torch(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fold_torch(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     largest, total, moment = statistics[:, :, 0], statistics[:, :, 1], statistics[:, :, 2]  # [p, R]
     whole = largest.amax(0)
     empty_shard = total == 0
@@ -117,7 +120,7 @@ def _fold_torch(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_total = torch.where(whole_total == 0, torch.nan, whole_total).log()
     logprobs = statistics[:, :, 3:].amax(0) - whole[:, None] - log_total[:, None]
     stats = torch.stack([whole, log_total], 1)
-    return logprobs.float(), (log_total - whole_moment / whole_total).float(), stats.float()
+    return logprobs.to(dtype), (log_total - whole_moment / whole_total).to(dtype), stats.to(dtype)
 
 
 def _backward_torch(
@@ -149,7 +152,7 @@ def _statistics_cpu(logits: Tensor, targets: Tensor, inv_temperature: Tensor | N
     return statistics
 
 
-def _fold_cpu(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fold_cpu(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     shards, rows, count = statistics.shape[0], statistics.shape[1], statistics.shape[2] - 3
     outputs = torch.empty(rows, count), torch.empty(rows), torch.empty(rows, 2)
     extension().fold_statistics(address(statistics), *(address(tensor) for tensor in outputs), shards, rows, count)
@@ -175,7 +178,12 @@ def _backward_cpu(
 SHARD_LOGPROB = Op(
     "shard_logprob",
     [
-        Backend("cpu", {"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": _backward_cpu}, cpu_missing),
+        Backend(
+            "cpu",
+            {"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": _backward_cpu},
+            cpu_missing,
+            dtypes=KERNEL_DTYPES,
+        ),
         Backend(
             "torch",
             {"statistics": _statistics_torch, "fold": _fold_torch, "backward": _backward_torch},

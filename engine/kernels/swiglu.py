@@ -13,22 +13,23 @@ from torch.nn.functional import silu
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.dtypes import KERNEL_DTYPES
 from engine.kernels.graph import empty
 from engine.kernels.op import Backend, Op, cpu_missing, extension
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up with gate the first and up the last I columns: [T, 2 I] -> [T, I], float32 or bfloat16.
+    """silu(gate) * up with gate the first and up the last I columns: [T, 2 I] -> [T, I] in its dtype.
 
-    silu is computed in float32 and rounded to the dtype before the product, as Hugging Face's Llama does.
-    Raises InputError for an odd number of columns or a tensor that is not contiguous.
+    silu is computed in float32 (float64 for float64) and rounded to the dtype before the product, as Hugging Face's
+    Llama does. Raises InputError for an odd number of columns or a tensor that is not contiguous.
     """
     check("gate_up", gate_up, (None, None))
     if gate_up.shape[1] % 2:
         raise InputError(f"gate_up has {gate_up.shape[1]} columns; it must have an even number: gate, then up")
     if torch.is_grad_enabled() and gate_up.requires_grad:
         return _SwiGLU.apply(gate_up)
-    return SWIGLU["forward"](gate_up)
+    return SWIGLU["forward", gate_up.dtype](gate_up)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.backend = SWIGLU.chosen()
+        ctx.backend = SWIGLU.chosen(gate_up.dtype)
         ctx.save_for_backward(gate_up)
         return ctx.backend.functions["forward"](gate_up)
 
@@ -72,7 +73,7 @@ def _backward_torch(dy: Tensor, gate_up: Tensor) -> Tensor:
 SWIGLU = Op(
     "swiglu",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing),
+        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
         # torch's vector and scalar exp differ in the last bit, and where a vector ends depends on the number of rows
         Backend("torch", {"forward": swiglu_reference, "backward": _backward_torch}, exact=False),
     ],

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 
+import torch
+
 import engine.kernels
 from engine.errors import ConfigError
 from engine.kernels.op import OPS
@@ -22,18 +24,19 @@ class OpRow:
     why_not: str
 
 
-def rows() -> list[OpRow]:
-    """A row per op and backend, ops by name, backends in the order they are tried."""
+def rows(dtype: torch.dtype | None = None) -> list[OpRow]:
+    """A row per op and backend for a model of `dtype` (None: of one that the kernels have), ops by name, backends in
+    the order they are tried."""
     for module in iter_modules(engine.kernels.__path__):
         import_module(f"engine.kernels.{module.name}")
     table = []
     for name, op in sorted(OPS.items()):
         try:
-            chosen = op.chosen().name
+            chosen = op.chosen(dtype).name
         except ConfigError:  # nothing can run: every row then says why
             chosen = ""
         for backend in op.backends:
-            reason = backend.why_not() or (f"{chosen} comes first" if chosen else "not the backend asked for")
+            reason = backend.refusal(dtype) or (f"{chosen} comes first" if chosen else "not the backend asked for")
             is_chosen = backend.name == chosen
             table.append(OpRow(name, backend.name, is_chosen, backend.exact, "" if is_chosen else reason))
     return table

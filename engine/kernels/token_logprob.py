@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.op import Backend, Op, cpu_missing, extension
@@ -28,9 +29,10 @@ def token_logprob(
     `hidden` [T, D] and `head` [V, D] share a dtype; `targets` int32 [T] in [0, V); `inv_temperature` float32 [T],
     positive (`inverse_temperature` makes it), or None for ones. Returns float32 [T], float32 [T], in nats. Logits are
     float32 and exist for `chunk` rows at a time (by default as many as make 16 Mi logits): the chunk changes no bit of
-    the result. Where hidden requires grad, both outputs are differentiable: the backward computes the logits again,
-    rounds their gradient to the model's dtype, and adds the head's gradient to `head.grad_buffer()`. A row whose
-    logits are not finite has NaN for both. Raises InputError for a shape, dtype or target that does not fit.
+    the result. With float64 `hidden`, logits and results are float64. Where hidden requires grad, both outputs are
+    differentiable: the backward computes the logits again, rounds their gradient to the model's dtype, and adds the
+    head's gradient to `head.grad_buffer()`. A row whose logits are not finite has NaN for both. Raises InputError for a
+    shape, dtype or target that does not fit.
     """
     rows = hidden.shape[0]
     check("hidden", hidden, (None, head.shape[1]), head.dtype)
@@ -49,15 +51,16 @@ def token_logprob(
 def logits_logprob(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What `token_logprob` does once the logits are there: float32 [R, V], int32 [R] -> float32 [R], float32 [R].
 
-    Carries no gradient. Raises InputError for logits that require one, and for what does not fit.
+    float64 logits give float64. Carries no gradient. Raises InputError for logits that require one, and for what does
+    not fit.
     """
-    check("logits", logits, (None, None), torch.float32)
+    check("logits", logits, (None, None), wide_dtype(logits.dtype))
     if torch.is_grad_enabled() and logits.requires_grad:
         raise InputError("logits require grad, which logits_logprob does not carry; use token_logprob or detach them")
     _check_targets(targets, (logits.shape[0],), logits.shape[1])
     if inv_temperature is not None:
         check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
-    logprobs, entropy, _ = TOKEN_LOGPROB["forward"](logits, targets[:, None], inv_temperature)
+    logprobs, entropy, _ = TOKEN_LOGPROB["forward", logits.dtype](logits, targets[:, None], inv_temperature)
     return logprobs[:, 0], entropy
 
 
@@ -92,7 +95,7 @@ class _TokenLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.backend, ctx.head, ctx.chunk = TOKEN_LOGPROB.chosen(), head, chunk
+        ctx.backend, ctx.head, ctx.chunk = TOKEN_LOGPROB.chosen(hidden.dtype), head, chunk
         ctx.set_materialize_grads(False)
         logprobs, entropy, stats = _forward(hidden, head, targets, inv_temperature, chunk)
         ctx.save_for_backward(hidden, targets, inv_temperature, stats, entropy)
@@ -109,7 +112,7 @@ class _TokenLogprob(torch.autograd.Function):
         d_hidden = empty(tuple(hidden.shape), hidden.dtype)
         for part in row_chunks(hidden.shape[0], ctx.chunk):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
-            logits = linear(x, ctx.head, out_dtype=torch.float32)  # [c, V]
+            logits = linear(x, ctx.head, out_dtype=wide_dtype(x.dtype))  # [c, V]
             d_logits = ctx.backend.functions["backward"](
                 logits, targets[part], inverse, stats[part], entropy[part], d_logprobs[part], d_entropy[part], x.dtype
             )
@@ -127,12 +130,13 @@ def _forward(
     hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]."""
-    rows = hidden.shape[0]
-    logprobs, entropy, stats = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2)
+    rows, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
+    logprobs, entropy, stats = (torch.empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (rows, 2)))
     for part in row_chunks(rows, chunk):
-        logits = linear(hidden[part].detach(), head, out_dtype=torch.float32)  # [c, D] -> [c, V]
+        logits = linear(hidden[part].detach(), head, out_dtype=dtype)  # [c, D] -> [c, V]
         inverse = None if inv_temperature is None else inv_temperature[part]
-        column, entropy[part], stats[part] = TOKEN_LOGPROB["forward"](logits, targets[part, None], inverse)
+        forward = TOKEN_LOGPROB["forward", dtype]
+        column, entropy[part], stats[part] = forward(logits, targets[part, None], inverse)
         logprobs[part] = column[:, 0]
     return logprobs, entropy, stats
 
@@ -164,7 +168,7 @@ def _backward_cpu(
 
 def _forward_torch(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     logprobs, entropy = logits_logprob_reference(logits, targets, inv_temperature)
-    return logprobs, entropy, torch.zeros(logits.shape[0], 2)
+    return logprobs, entropy, logits.new_zeros(logits.shape[0], 2)
 
 
 def _backward_torch(
@@ -186,7 +190,7 @@ def _backward_torch(
 TOKEN_LOGPROB = Op(
     "token_logprob",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing),
+        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
         # torch does not promise one order of summation for every number of rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.kernels.dtypes import KERNEL_DTYPES as DTYPES
+from engine.kernels.dtypes import MODEL_DTYPES, wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.op import cpu_missing, extension
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/common.h numbers them
 PANEL = 16  # rows of a packed panel
 _CHUNK_ROWS = 4096  # rows converted at a time when a source dtype needs a detour through fp32
 
@@ -18,16 +19,17 @@ class Weight:
     """One matrix [N, K] or vector [N], stored once in `data`.
 
     A packed matrix lies in panels of 16 rows: fp32 [ceil(N/16), K, 16], bf16 [ceil(N/16), ceil(K/2), 16, 2], where
-    rows past N and the column past an odd K are zero. Anything else is dense, and so is every weight where the C++
-    extension is missing (`packed` is then False whatever was asked for). `grad` is fp32 and dense, or None before the
-    first gradient; kernels add to it in place. `decay` says whether the optimizer's weight decay applies.
+    rows past N and the column past an odd K are zero. Anything else is dense, and so is every weight in float64 or
+    where the C++ extension is missing (`packed` is then False whatever was asked for). `grad` is fp32 (float64 for a
+    float64 weight) and dense, or None before the first gradient; kernels add to it in place. `decay` says whether the
+    optimizer's weight decay applies.
 
     Made uninitialised in value (zeros); raises InputError for a dtype or shape that has no layout.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool, decay: bool = True) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"weight {name} is {dtype}; the kernels take torch.float32 and torch.bfloat16")
+        if dtype not in MODEL_DTYPES.values():
+            raise InputError(f"weight {name} is {dtype}; weights are {', '.join(map(str, MODEL_DTYPES.values()))}")
         if len(shape) not in (1, 2) or min(shape) < 1:
             raise InputError(f"weight {name} has shape {tuple(shape)}; a weight is a matrix [N, K] or a vector [N]")
         if packed and len(shape) != 2:
@@ -35,7 +37,7 @@ class Weight:
         self.name = name
         self.shape = tuple(shape)
         self.dtype = dtype
-        self.packed = packed and not cpu_missing()
+        self.packed = packed and dtype in DTYPES and not cpu_missing()
         self.decay = decay
         self.data = _storage(self.shape, dtype, self.packed)
         self.grad: Tensor | None = None
@@ -91,7 +93,7 @@ class Weight:
     def grad_buffer(self) -> Tensor:
         """`grad`, made of zeros on first use."""
         if self.grad is None:
-            self.grad = zeros(self.shape, torch.float32)
+            self.grad = zeros(self.shape, wide_dtype(self.dtype))
         return self.grad
 
     def zero_grad(self) -> None:

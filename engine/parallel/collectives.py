@@ -66,13 +66,18 @@ def _named(what: str, group: Group) -> Iterator[None]:
 
 
 def start_all_to_all(
-    x: Tensor, group: Group, send: list[int] | None = None, receive: list[int] | None = None
+    x: Tensor,
+    group: Group,
+    send: list[int] | None = None,
+    receive: list[int] | None = None,
+    what: str = "all_to_all",
 ) -> Pending[Tensor]:
     """Row blocks of x to every rank in order, and theirs from every rank in order: [sum(send), ...] ->
-    [sum(receive), ...]. `send` and `receive` are rows per rank; without them all blocks are alike."""
+    [sum(receive), ...]. `send` and `receive` are rows per rank; without them all blocks are alike. An error calls it
+    `what`."""
     x = x.contiguous()
     if group.size == 1:
-        return Pending("all_to_all", group, None, lambda: x)
+        return Pending(what, group, None, lambda: x)
     rows = x.shape[0] if receive is None else sum(receive)
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
     width = x[:1].numel() if x.shape[0] else out[:1].numel()
@@ -87,15 +92,15 @@ def all_to_all(x: Tensor, group: Group, send: list[int] | None = None, receive: 
     return start_all_to_all(x, group, send, receive).wait()
 
 
-def start_all_gather(x: Tensor, group: Group) -> Pending[Tensor]:
-    """x of every rank, in order: [...] -> [p, ...]; all have one shape."""
+def start_all_gather(x: Tensor, group: Group, what: str = "all_gather") -> Pending[Tensor]:
+    """x of every rank, in order: [...] -> [p, ...]; all have one shape. An error calls it `what`."""
     if group.size == 1:
-        return Pending("all_gather", group, None, lambda: x.unsqueeze(0))
+        return Pending(what, group, None, lambda: x.unsqueeze(0))
     copies = x.detach().unsqueeze(0).expand(group.size, *x.shape).contiguous()
     out = torch.empty_like(copies)
-    with _named("all_gather", group):
+    with _named(what, group):
         work = dist.all_to_all_single(out.view(-1), copies.view(-1), group=group.handle, async_op=True)
-    return Pending("all_gather", group, work, lambda: out, keep=copies)
+    return Pending(what, group, work, lambda: out, keep=copies)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -111,12 +116,12 @@ def fold(parts: Tensor) -> Tensor:
     return total
 
 
-def start_reduce_scatter(x: Tensor, group: Group) -> Pending[Tensor]:
+def start_reduce_scatter(x: Tensor, group: Group, what: str = "reduce_scatter") -> Pending[Tensor]:
     """Block i of the sum over ranks, folded in rank order, to rank i: [p r, ...] -> [r, ...], in float32 or wider."""
     if group.size == 1:
-        return Pending("reduce_scatter", group, None, lambda: x)
-    pending = start_all_to_all(x.detach(), group)
-    return Pending("reduce_scatter", group, None, lambda: fold(pending.wait().view(group.size, -1, *x.shape[1:])))
+        return Pending(what, group, None, lambda: x)
+    pending = start_all_to_all(x.detach(), group, what=what)
+    return Pending(what, group, None, lambda: fold(pending.wait().view(group.size, -1, *x.shape[1:])))
 
 
 def start_all_reduce(x: Tensor, group: Group) -> Pending[Tensor]:
@@ -126,14 +131,16 @@ def start_all_reduce(x: Tensor, group: Group) -> Pending[Tensor]:
         return Pending("all_reduce", group, None, lambda: x)
     x = x.detach()
     if x.numel() * x.element_size() <= ONE_SHOT_BYTES:
-        everyone = start_all_gather(x, group)
+        everyone = start_all_gather(x, group, "all_reduce")
         return Pending("all_reduce", group, None, lambda: fold(everyone.wait()))
     flat = x.reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % group.size))
-    mine = start_reduce_scatter(padded, group)
-    return Pending(
-        "all_reduce", group, None, lambda: all_gather(mine.wait(), group).view(-1)[: flat.numel()].view(x.shape)
-    )
+    mine = start_reduce_scatter(padded, group, "all_reduce")
+
+    def finish() -> Tensor:
+        return start_all_gather(mine.wait(), group, "all_reduce").wait().view(-1)[: flat.numel()].view(x.shape)
+
+    return Pending("all_reduce", group, None, finish)
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:

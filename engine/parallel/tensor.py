@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.embedding import embedding
 from engine.kernels.graph import empty, host_call
 from engine.kernels.linear import linear, linear_grad_bias_, linear_grad_input, linear_grad_weight_
@@ -148,8 +149,7 @@ class _AllRows(torch.autograd.Function):
 
 
 def _row_forward(x: Tensor, weight: Weight, bias: Weight | None, group: Group, rows: int | None) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _sum(linear(x, weight, out_dtype=wide), bias, x.dtype, group, rows)
+    return _sum(linear(x, weight, out_dtype=wide_dtype(x.dtype)), bias, x.dtype, group, rows)
 
 
 def _sum(partial: Tensor, bias: Weight | None, dtype: torch.dtype, group: Group, rows: int | None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels.dtypes import wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.sample_token import sample_token, top_logprobs
@@ -133,7 +134,7 @@ def _forward(
     for part in _chunks(hidden.shape[0], head):
         inverse = None if inv_temperature is None else inv_temperature[part]
         statistics.append(shard_statistics(_logits(hidden[part].detach(), head), here[part, None], inverse))
-    logprobs, entropy, stats = fold_statistics(all_gather(torch.cat(statistics), group))
+    logprobs, entropy, stats = fold_statistics(all_gather(torch.cat(statistics), group), wide_dtype(hidden.dtype))
     return logprobs[:, 0], entropy, stats
 
 
@@ -154,7 +155,7 @@ def _deal_rows(logits: Tensor, share: int, vocab_size: int, group: Group) -> Ten
 
 
 def _logits(x: Tensor, head: Weight) -> Tensor:
-    return linear(x, head, out_dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return linear(x, head, out_dtype=wide_dtype(x.dtype))
 
 
 def _chunks(rows: int, head: Weight) -> list[slice]:

@@ -13,7 +13,6 @@ from engine.batch import KVView, TokenBatch
 from engine.kernels.attention import AttentionPlan, allocate_pages
 from engine.kernels.graph import Graph
 from engine.kernels.linear import linear
-from engine.kernels.op import cpu_missing
 from engine.kernels.token_logprob import inverse_temperature
 from engine.model import Transformer
 from engine.parallel.vocabulary import vocabulary_sample, vocabulary_top
@@ -64,7 +63,7 @@ class Runner:
         width = int(-(-context.max() // self.page_size))
         tables = np.ascontiguousarray(slots.block_tables[step.slots, :width])
         self._plan.build(start, context, positions, tables, self.page_size)
-        if cpu_missing():  # no compiled kernels: nothing can be recorded
+        if not self.model.recordable:
             return self.model.forward(self._batch(total))
         if self._graph is None:
             with Graph() as graph:
@@ -114,5 +113,5 @@ def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
     """x[rows] on the calling thread: torch would wake a pool of its own, which competes with the kernels'."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
         return x[int(rows[0]) : int(rows[-1]) + 1]
-    bits = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)
