@@ -31,6 +31,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.model": (2, 4),
     "engine.checkpoint": (3, 0),
     "engine.losses": (3, 0),
+    "engine.planner.": (3, 1),
     "engine.optim": (3, 0),
     "engine.packing": (3, 0),
     "engine.response": (3, 0),

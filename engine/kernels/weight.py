@@ -39,7 +39,7 @@ class Weight:
         self.dtype = dtype
         self.packed = packed and dtype in DTYPES and not cpu_missing()
         self.decay = decay
-        self.data = _storage(self.shape, dtype, self.packed)
+        self.data = zeros(storage_shape(self.shape, dtype, self.packed), dtype)
         self.grad: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -106,11 +106,10 @@ class Weight:
             raise InputError(f"weight {self.name} has {self.shape[0]} rows; [{row}, {row + rows}) is outside of it")
 
 
-def _storage(shape: tuple[int, ...], dtype: torch.dtype, packed: bool) -> Tensor:
+def storage_shape(shape: tuple[int, ...], dtype: torch.dtype, packed: bool) -> tuple[int, ...]:
+    """The shape of `Weight.data`: the weight's own where it is dense, whole panels where it is packed."""
     if not packed:
-        return zeros(shape, dtype)
+        return shape
     rows, width = shape
     panels = -(-rows // PANEL)
-    if dtype == torch.bfloat16:
-        return zeros((panels, -(-width // 2), PANEL, 2), dtype)
-    return zeros((panels, width, PANEL), dtype)
+    return (panels, -(-width // 2), PANEL, 2) if dtype == torch.bfloat16 else (panels, width, PANEL)

@@ -52,7 +52,7 @@ class Mesh:
         Raises ConfigError when the grid does not have as many places as there are ranks.
         """
         shape = grid_shape(config, world_size)
-        groups = {name: next(g for g in _partition(name, shape) if rank in g) for name in _SPANS}
+        groups = {name: _group_of(rank, name, shape) for name in _SPANS}
         return cls(**{name: Group(name, ranks, ranks.index(rank)) for name, ranks in groups.items()})
 
     @property
@@ -156,15 +156,27 @@ def fingerprint(*arguments: object) -> int:
 
 def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
     """All groups of that name: the ranks of each, in order."""
-    span = _SPANS[name]
-    fixed = [axis for axis in AXES if axis not in span]
-    strides = {axis: math.prod(shape[other] for other in AXES[i + 1 :]) for i, axis in enumerate(AXES)}
+    fixed = tuple(axis for axis in AXES if axis not in _SPANS[name])
+    return [_group_of(base, name, shape) for base in _offsets(fixed, shape)]
 
-    def ranks(axes: list[str] | tuple[str, ...]) -> list[int]:
-        places = product(*(range(shape[axis]) for axis in axes))
-        return [sum(i * strides[axis] for i, axis in zip(place, axes, strict=True)) for place in places]
 
-    return [tuple(base + offset for offset in ranks(span)) for base in ranks(fixed)]
+def _group_of(rank: int, name: str, shape: dict[str, int]) -> tuple[int, ...]:
+    """The group of that name that a rank is in."""
+    strides, span = _strides(shape), _SPANS[name]
+    base = rank - sum(rank // strides[axis] % shape[axis] * strides[axis] for axis in span)
+    return tuple(base + offset for offset in _offsets(span, shape))
+
+
+def _offsets(axes: tuple[str, ...], shape: dict[str, int]) -> list[int]:
+    """Ranks at all places along some axes and at place 0 of the others."""
+    strides = _strides(shape)
+    places = product(*(range(0, shape[axis] * strides[axis], strides[axis]) for axis in axes))
+    return [sum(place) for place in places]
+
+
+def _strides(shape: dict[str, int]) -> dict[str, int]:
+    """What one place along an axis is in ranks."""
+    return {axis: math.prod(shape[other] for other in AXES[i + 1 :]) for i, axis in enumerate(AXES)}
 
 
 def _plain(value: Any) -> object:
