@@ -1,4 +1,4 @@
-"""python -m engine: generate, chat, score and ops from the command line."""
+"""python -m engine: generate, chat, score, plan and ops from the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kernels.dtypes import MODEL_DTYPES
 from engine.kernels.table import rows as op_rows
+from engine.planner import command as planner
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
 
@@ -79,6 +80,11 @@ def score(args: argparse.Namespace) -> None:
     console.print(table)
 
 
+def plan(args: argparse.Namespace) -> None:
+    """What a mesh of ranks will hold, send and take, for any model's config.json: nothing is started or loaded."""
+    planner.run(args, console)
+
+
 def ops(args: argparse.Namespace) -> None:
     """Which backend runs each op here, and why not the others."""
     table = Table("op", "backend", "chosen", "exact", "why not")
@@ -117,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub = with_model(command(score, "score"))
     sub.add_argument("text")
+    planner.add_arguments(command(plan, "plan"))
     command(ops, "ops").add_argument("--dtype", default="bfloat16", choices=MODEL_DTYPES, help="of the model")
     return top
 

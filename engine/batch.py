@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan
+from engine.parallel.collectives import Group
+from engine.parallel.context import ContextShard, deal_rows
 
 
 @dataclass
@@ -29,12 +31,14 @@ class TokenBatch:
     `plan` says which rows belong to which sequence, at which positions, and which pages hold their keys; every layer
     reads it. Training and scoring leave `kv` as None: keys and values then live only as long as a layer needs them.
     `scattered`: between matmuls each tensor-parallel rank keeps its share of the rows only (sequence parallel).
+    `context`: the tokens are those of a context-parallel rank, and the plan is that of its queries.
     """
 
     tokens: Tensor  # int32 [T]
     plan: AttentionPlan
     kv: KVView | None = None
     scattered: bool = False
+    context: ContextShard | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -46,12 +50,12 @@ class TokenBatch:
         return self.num_tokens if self.scattered else None
 
     @classmethod
-    def packed(cls, sequences: list[list[int]], scattered: bool = False) -> TokenBatch:
-        """Whole sequences, positions from 0, no cache: what training and scoring use."""
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int32)
-        cu_seqlens = torch.zeros(len(sequences) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = lengths.cumsum(0)
-        positions = torch.cat([torch.arange(len(s), dtype=torch.int32) for s in sequences])
-        plan = AttentionPlan()
-        plan.build(cu_seqlens, lengths, positions=positions)
-        return cls(torch.tensor([t for s in sequences for t in s], dtype=torch.int32), plan, scattered=scattered)
+    def packed(cls, sequences: list[list[int]], scattered: bool = False, context: Group | None = None) -> TokenBatch:
+        """Whole sequences, positions from 0, no cache: what training and scoring use. With a `context` of several
+        ranks, the rows of them that this rank computes."""
+        lengths = [len(s) for s in sequences]
+        tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int32)
+        if context is not None and context.size > 1:
+            shard = ContextShard(context, deal_rows(lengths, context.size), lengths)
+            return cls(tokens[shard.rows], shard.plan, scattered=scattered, context=shard)
+        return cls(tokens, AttentionPlan.of_sequences(lengths), scattered=scattered)

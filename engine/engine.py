@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.atomic import recover
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CapacityError, EngineError, InputError
@@ -18,10 +19,13 @@ from engine.kernels.op import cpu_missing, extension
 from engine.log import logger
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
-from engine.parallel.mesh import Mesh, make_mesh, ranks_on_this_machine
+from engine.parallel.launch import ranks_on_this_machine
+from engine.parallel.mesh import Mesh, make_mesh
+from engine.parallel.ranks import Ranks
 from engine.parallel.shards import Placement
-from engine.sampler.output import Inbox, Stream
+from engine.sampler.output import Stream
 from engine.sampler.sampler import Sampler
+from engine.sampler.service import Call, Service
 from engine.state import load_state, save_state
 from engine.tokenizer import Tokenizer
 from engine.trainer import Trainer
@@ -49,8 +53,7 @@ class Engine:
         model.checkpointing = config.activation_checkpointing
         self._sampler: Sampler | None = None
         self._trainer: Trainer | None = None
-        self._inboxes: dict[int, Inbox] = {}
-        self._requests = 0
+        self._service: Service | None = None
 
     # ---- making one ----
 
@@ -99,37 +102,28 @@ class Engine:
         """`params.n` completions of each prompt, [P][n]. Prompts are text or token ids; `params` is one for all or one
         for each.
 
-        Raises InputError, CapacityError; the engine stays usable.
+        Replicas take prompts from one queue as they run dry. Each completion is the one that a single rank would give,
+        but for `num_cached_tokens`, which says what this run found in the cache. Raises InputError, CapacityError,
+        NumericsError, on every rank; the engine stays usable.
         """
-        request = self._submit(prompts, params)
-        inbox = self._inboxes[request]
-        try:
-            while not inbox.complete:
-                self._step()
-        finally:
-            self._close(request)
-        return inbox.completions()
+        call = self._call("generate", prompts, params)
+        return self.service.generate(call)
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Stream:
         """The same, as tokens come: iterate over it. `stream.abort(prompt_index)` ends one prompt; closing the stream,
-        or dropping it, ends what still runs.
+        or dropping it, ends what still runs. Every replica runs all prompts, so that every rank sees all events.
 
         Raises InputError, CapacityError.
         """
-        request = self._submit(prompts, params, streaming=True)
-        return Stream(
-            self._inboxes[request],
-            step=self._step,
-            abort=lambda prompt_index: self._abort(request, prompt_index),
-            close=lambda: self._close(request),
-        )
+        call = self._call("stream", prompts, params)
+        return self.service.stream(call)
 
     def abort(self) -> None:
         """Ends everything in flight: the completions come with the finish reason "abort" and the tokens so far."""
-        for request in self._inboxes:
-            self._abort(request, None)
+        if self._service is not None:
+            self._service.abort_all()
 
     # ---- training ----
 
@@ -173,6 +167,12 @@ class Engine:
         """All that training needs to go on bit for bit, with `extra` beside it. Atomic. Raises CheckpointError."""
         save_state(path, self.trainer, extra or {})
 
+    @staticmethod
+    def has_state(path: str | Path) -> bool:
+        """Whether there is a complete state at `path` for `load_state`. One rank asks at a time."""
+        recover(path)
+        return (Path(path) / "state.json").exists()
+
     def load_state(self, path: str | Path) -> dict[str, Any]:
         """Restores what `save_state` wrote; returns its `extra`. Raises CheckpointError."""
         extra = load_state(path, self.trainer)
@@ -181,6 +181,11 @@ class Engine:
         return extra
 
     # ---- looking ----
+
+    @property
+    def ranks(self) -> Ranks:
+        """All ranks, for a program that has to tell them something."""
+        return Ranks(self.mesh.world)
 
     @property
     def weight_version(self) -> int:
@@ -201,6 +206,13 @@ class Engine:
             self._sampler = Sampler(self.model, self.config, self.tokenizer)
         return self._sampler
 
+    @property
+    def service(self) -> Service:
+        """Made at first use."""
+        if self._service is None:
+            self._service = Service(self.sampler, self.tokenizer, self.mesh)
+        return self._service
+
     def weight_addresses(self) -> dict[str, tuple[int, int]]:
         """Where each compute weight lies and how many bytes it has: the same before and after every rollout and every
         optimizer step, because nothing is copied or sent between sampling and training."""
@@ -208,14 +220,13 @@ class Engine:
 
     # ---- inside ----
 
-    def _submit(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        streaming: bool = False,
-    ) -> int:
+    def _call(
+        self, name: str, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Call:
+        """The request as the sampler takes it, when it is good and the same on every rank."""
         if isinstance(prompts, str):
             raise InputError("prompts is one string; pass a list of prompts")
+        self.mesh.agree(name, list(prompts), params)
         ids = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
         if params is None or isinstance(params, SamplingParams):
             each = [params or SamplingParams()] * len(ids)
@@ -225,13 +236,9 @@ class Engine:
                 raise InputError(f"{len(each)} SamplingParams for {len(ids)} prompts; pass one, or one for each")
         if self.tokenizer is None and any(p.stop for p in each):
             raise InputError("SamplingParams.stop needs a tokenizer, and this engine has none; use stop_token_ids")
-        self._requests += 1
-        request = self._requests
         fresh = broadcast_object(secrets.randbits(62), self.mesh.world, 0)
-        for index, (prompt, p) in enumerate(zip(ids, each, strict=True)):
-            self.sampler.add(request, index, prompt, p, fresh if p.seed is None else p.seed)
-        self._inboxes[request] = Inbox([p.n for p in each], self.tokenizer, self.weight_version, streaming)
-        return request
+        seeds = [fresh if p.seed is None else p.seed for p in each]
+        return Call(f"{name}/{fresh}", ids, each, seeds, self.weight_version)
 
     def _encode(self, prompt: Prompt, index: int, whole: bool = False) -> list[int]:
         if isinstance(prompt, str):
@@ -257,36 +264,6 @@ class Engine:
                 "EngineConfig.kv_tokens or shorten the prompt"
             )
         return prompt
-
-    def _step(self) -> None:
-        """One step of the sampler; what comes out goes to the request it belongs to."""
-        sampler = self.sampler
-        try:
-            result = sampler.step()
-        except BaseException:  # an interrupt too: it may come when siblings have forked but have no token yet
-            sampler.clear()
-            raise
-        if result is None:
-            raise EngineError("this request was dropped when a step of another failed; submit it again")
-        alive, finished = result
-        for slot in alive:
-            sequence = sampler.slots.sequence[slot]
-            assert sequence is not None
-            inbox = self._inboxes[sequence.request_id]
-            if inbox.streaming:
-                span = slice(sequence.num_prompt_tokens + sequence.reported, int(sampler.slots.length[slot]))
-                inbox.progress(sequence, sampler.slots.tokens[slot, span], sampler.slots.logprobs[slot, span])
-        for sequence in finished:
-            self._inboxes[sequence.request_id].finish(sequence)
-
-    def _abort(self, request: int, prompt_index: int | None) -> None:
-        for sequence in self.sampler.abort(request, prompt_index):
-            self._inboxes[request].finish(sequence)
-
-    def _close(self, request: int) -> None:
-        inbox = self._inboxes.pop(request, None)
-        if inbox is not None and not inbox.complete:
-            self.sampler.abort(request)
 
 
 def _placement(config: EngineConfig, mesh: Mesh | None) -> Placement:

@@ -14,9 +14,10 @@ from engine.architectures import Architecture
 from engine.batch import TokenBatch
 from engine.config import ModelConfig
 from engine.kernels.attention import AttentionSpec, attention
-from engine.kernels.rms_norm import add_rms_norm, rms_norm
+from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.swiglu import swiglu
 from engine.kernels.weight import Weight
+from engine.parallel.context import share_keys
 from engine.parallel.mesh import Mesh
 from engine.parallel.shards import head_shard, row_shard
 from engine.parallel.tensor import column_linear, row_linear
@@ -73,8 +74,11 @@ class Attention:
 
     def __call__(self, x: Tensor, batch: TokenBatch, index: int) -> Tensor:
         qkv = self.qkv(x, batch)  # [T, D] -> [T, (H + 2 K) Dh]
+        kv = None
+        if batch.context is not None:
+            qkv, kv = share_keys(qkv, self.spec, batch.context)  # -> [T, H Dh], [T_kv, 2 K Dh]
         keys, values = (batch.kv.keys[index], batch.kv.values[index]) if batch.kv else (None, None)
-        mixed = attention(qkv, self.spec, self.rope, batch.plan, keys, values, self.q_norm, self.k_norm)
+        mixed = attention(qkv, self.spec, self.rope, batch.plan, keys, values, self.q_norm, self.k_norm, kv)
         return self.out(mixed, batch)  # [T, H Dh] -> [T, D]
 
 
@@ -116,9 +120,6 @@ class Layer:
         self.feed_forward = FeedForward(f"{name}.mlp", config, row, dtype, mesh)
 
     def __call__(self, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        if delta is None:
-            h = rms_norm(x, self.input_norm, self.eps)
-        else:
-            x, h = add_rms_norm(x, delta, self.input_norm, self.eps)
+        x, h = add_rms_norm(x, delta, self.input_norm, self.eps)
         x, h = add_rms_norm(x, self.attention(h, batch, self.place), self.post_norm, self.eps)
         return x, self.feed_forward(h, batch)

@@ -17,7 +17,12 @@ POOLED_BYTES = 1 << 18  # smaller buffers are malloc's own business
 
 
 def allocate(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes], aligned to 64 bytes; reads as zeros, and takes physical memory only where it is touched."""
+    """uint8 [num_bytes], aligned to 64 bytes; reads as zeros, and takes physical memory only where it is touched.
+
+    Under `with torch.device("meta")` it has a size but no memory at all: a model of any size can be laid out.
+    """
+    if torch.get_default_device().type == "meta":
+        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
     raw = torch.from_numpy(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))
     start = -raw.data_ptr() % ALIGNMENT
     return raw[start : start + num_bytes]

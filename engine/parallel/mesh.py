@@ -7,21 +7,23 @@ pp 1:  r2 r3         pp 1:  r6 r7                        gradients are summed, o
 
 from __future__ import annotations
 
-import atexit
+import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from engine.config import ParallelConfig
 from engine.errors import ConfigError, ParallelError
-from engine.parallel.collectives import Group, all_gather
+from engine.parallel.collectives import Group, all_gather, named
+from engine.parallel.launch import connect, world_size
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -50,7 +52,7 @@ class Mesh:
         Raises ConfigError when the grid does not have as many places as there are ranks.
         """
         shape = grid_shape(config, world_size)
-        groups = {name: next(g for g in _partition(name, shape) if rank in g) for name in _SPANS}
+        groups = {name: _group_of(rank, name, shape) for name in _SPANS}
         return cls(**{name: Group(name, ranks, ranks.index(rank)) for name, ranks in groups.items()})
 
     @property
@@ -70,13 +72,12 @@ class Mesh:
     def __str__(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in self.shape.items())
 
-    def agree(self, call: str, fingerprint: int) -> None:
+    def agree(self, call: str, *arguments: object) -> None:
         """Every rank must make the same call with the same arguments. Raises ParallelError that names those who do
         not: a collective later on would hang or mix up their data."""
         if self.world.size == 1:
             return
-        mine = torch.tensor([fingerprint & (2**63 - 1)])
-        prints = all_gather(mine, self.world).view(-1).tolist()
+        prints = all_gather(torch.tensor(fingerprint(call, *arguments)), self.world).tolist()
         others = [rank for rank, value in enumerate(prints) if value != prints[0]]
         if others:
             raise ParallelError(
@@ -130,47 +131,62 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     Raises ConfigError when the mesh does not fit the number of ranks, ParallelError when they cannot connect.
     """
     timeout = timedelta(seconds=config.timeout_seconds)
-    if not dist.is_initialized() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        grid_shape(config, int(os.environ["WORLD_SIZE"]))  # a wrong mesh is refused before anyone waits
-        try:
-            dist.init_process_group("gloo", timeout=timeout)
-        except RuntimeError as error:
-            raise ParallelError(f"the ranks cannot connect ({error}); look at torchrun's rendezvous") from error
-        atexit.register(_leave)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        grid_shape(config, 1)
+    shape = grid_shape(config, world_size())  # a wrong mesh is refused before anyone waits
+    connect(timeout)
+    if world_size() == 1:
         return Mesh.single()
     rank = dist.get_rank()
-    shape = grid_shape(config, dist.get_world_size())
     made: dict[tuple[int, ...], Any] = {}
     mine: dict[str, Group] = {}
     for name in _SPANS:
         for ranks in _partition(name, shape):
             if ranks not in made:  # every rank makes every group, in the same order
-                made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+                with named("new_group", Group(name, ranks)):
+                    made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 mine[name] = Group(name, ranks, ranks.index(rank), made[ranks])
     return Mesh(**mine)
 
 
-def ranks_on_this_machine() -> int:
-    """How many ranks torchrun started here; they share its cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+def fingerprint(*arguments: object) -> int:
+    """63 bits that are a function of the arguments' values alone; of what is no plain data, of its type."""
+    digest = hashlib.blake2b(msgspec.msgpack.encode(arguments, enc_hook=_plain), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
     """All groups of that name: the ranks of each, in order."""
-    span = _SPANS[name]
-    fixed = [axis for axis in AXES if axis not in span]
-    strides = {axis: math.prod(shape[other] for other in AXES[i + 1 :]) for i, axis in enumerate(AXES)}
-
-    def ranks(axes: list[str] | tuple[str, ...]) -> list[int]:
-        places = product(*(range(shape[axis]) for axis in axes))
-        return [sum(i * strides[axis] for i, axis in zip(place, axes, strict=True)) for place in places]
-
-    return [tuple(base + offset for offset in ranks(span)) for base in ranks(fixed)]
+    fixed = tuple(axis for axis in AXES if axis not in _SPANS[name])
+    return [_group_of(base, name, shape) for base in _offsets(fixed, shape)]
 
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _group_of(rank: int, name: str, shape: dict[str, int]) -> tuple[int, ...]:
+    """The group of that name that a rank is in."""
+    strides, span = _strides(shape), _SPANS[name]
+    base = rank - sum(rank // strides[axis] % shape[axis] * strides[axis] for axis in span)
+    return tuple(base + offset for offset in _offsets(span, shape))
+
+
+def _offsets(axes: tuple[str, ...], shape: dict[str, int]) -> list[int]:
+    """Ranks at all places along some axes and at place 0 of the others."""
+    strides = _strides(shape)
+    places = product(*(range(0, shape[axis] * strides[axis], strides[axis]) for axis in axes))
+    return [sum(place) for place in places]
+
+
+def _strides(shape: dict[str, int]) -> dict[str, int]:
+    """What one place along an axis is in ranks."""
+    return {axis: math.prod(shape[other] for other in AXES[i + 1 :]) for i, axis in enumerate(AXES)}
+
+
+def _plain(value: Any) -> object:
+    """What stands for a value that msgspec does not know."""
+    if isinstance(value, torch.Tensor):
+        return [
+            str(value.dtype),
+            *value.shape,
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data,
+        ]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)

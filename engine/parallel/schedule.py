@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate, pairwise, product
 
@@ -206,6 +206,11 @@ def _needs(plan: Schedule, rank: int, action: Action) -> list[_Result]:
     return [("stream", stage, micro_batch), *after]
 
 
+def forwards_only(plan: Schedule) -> Schedule:
+    """The forwards of a schedule in their order, without what follows them: to score."""
+    return replace(plan, actions=tuple(tuple(a for a in own if a.kind is FORWARD) for own in plan.actions))
+
+
 def simulate(plan: Schedule, costs: Costs = Costs()) -> Simulation:
     """When each action starts and ends if every rank does its list in order, each action as soon as it can.
 
@@ -314,9 +319,9 @@ def peak_activations(plan: Schedule) -> list[int]:
 class Transfer:
     """One tensor that crosses from rank to rank, seen from one of the two.
 
-    `action` is the index, in this rank's list, of the action that makes the tensor (a send, possible from its end on)
-    or needs it (a receive, complete before its start). `stage` is the virtual stage that needs it. "stream" goes to
-    the next stage, "gradient" to the one before.
+    `what` is "stream", for the next virtual stage, or "gradient", for the one before; `stage` is the stage that needs
+    it. `action` is the index, in this rank's list, of the action that makes it (and is followed by the send) or needs
+    it; `peer_action` the same in the peer's list. A receive is posted before action number `post`.
     """
 
     sends: bool
@@ -325,6 +330,8 @@ class Transfer:
     micro_batch: int
     stage: int
     action: int
+    peer_action: int
+    post: int
 
 
 def transfers(plan: Schedule) -> list[list[Transfer]]:
@@ -341,19 +348,18 @@ def transfers(plan: Schedule) -> list[list[Transfer]]:
         for index, action in enumerate(actions):
             own = plan.stage(rank, action.chunk)
             needed |= {need: (rank, index) for need in _needs(plan, rank, action) if need[1] != own}
-    posts: list[list[tuple[int, Transfer]]] = [[] for _ in plan.actions]  # 2 i: before action i; 2 i + 1: after it
+    found: list[list[Transfer]] = [[] for _ in plan.actions]
     channels: dict[tuple[int, int], list[Transfer]] = {}
     for rank, actions in enumerate(plan.actions):
         for index, action in enumerate(actions):
-            result = what, stage, micro_batch = _makes(plan, rank, action)
-            receiver, at = needed.get(result, (rank, index))
-            if receiver != rank:
+            result = what, stage, number = _makes(plan, rank, action)
+            peer, at = needed.get(result, (rank, index))
+            if peer != rank:
                 stage += 1 if what == "stream" else -1
-                posts[rank].append((2 * index + 1, Transfer(True, receiver, what, micro_batch, stage, index)))
-                received = channels.setdefault((rank, receiver), [])
-                received.append(Transfer(False, rank, what, micro_batch, stage, at))
+                found[rank].append(Transfer(True, peer, what, number, stage, index, at, index))
+                channels.setdefault((rank, peer), []).append(Transfer(False, rank, what, number, stage, at, index, at))
     for (_, receiver), received in channels.items():
         # A tensor that is needed early pulls those forward that were sent before it.
-        before = list(accumulate((transfer.action for transfer in reversed(received)), min))[::-1]
-        posts[receiver] += [(2 * index, transfer) for index, transfer in zip(before, received, strict=True)]
-    return [[transfer for _, transfer in sorted(entries, key=lambda entry: entry[0])] for entries in posts]
+        posts = list(accumulate((transfer.action for transfer in reversed(received)), min))[::-1]
+        found[receiver] += [replace(t, post=post) for t, post in zip(received, posts, strict=True)]
+    return [sorted(entries, key=lambda t: (t.post, t.sends)) for entries in found]

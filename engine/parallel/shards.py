@@ -63,12 +63,16 @@ def head_shard(config: ModelConfig, num_shards: int, index: int) -> HeadShard:
     )
 
 
-def row_shard(rows: int, num_shards: int, index: int) -> Span:
-    """A share of rows, in whole panels as far as possible; the last shares may be smaller. Raises ConfigError where
-    one would be empty."""
+def row_share(rows: int, num_shares: int, index: int) -> Span:
+    """A share of rows, in whole panels as far as possible: the last may be smaller, and of few rows some are empty."""
     panels = -(-rows // PANEL)
-    low, high = panels * index // num_shards, panels * (index + 1) // num_shards
-    span = Span(min(rows, low * PANEL), min(rows, high * PANEL) - min(rows, low * PANEL))
+    low, high = (min(rows, panels * i // num_shares * PANEL) for i in (index, index + 1))
+    return Span(low, high - low)
+
+
+def row_shard(rows: int, num_shards: int, index: int) -> Span:
+    """A share of rows for a tensor-parallel rank. Raises ConfigError where it would be empty."""
+    span = row_share(rows, num_shards, index)
     if not span.size:
         raise ConfigError(
             f"{rows} rows in panels of {PANEL} leave nothing for rank {index} of tp {num_shards}; choose a smaller tp"

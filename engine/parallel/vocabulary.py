@@ -130,7 +130,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]; one exchange for all chunks."""
     here = shard_targets(targets, first, head.shape[0])
-    statistics = []
+    statistics = [torch.empty((0, 4), dtype=torch.float64)]  # a rank may have no rows
     for part in _chunks(hidden.shape[0], head):
         inverse = None if inv_temperature is None else inv_temperature[part]
         statistics.append(shard_statistics(_logits(hidden[part].detach(), head), here[part, None], inverse))

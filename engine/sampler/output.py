@@ -12,27 +12,36 @@ from engine.sampler.request import Sequence
 from engine.tokenizer import StreamDecoder, Tokenizer
 from engine.types import Completion, StreamEvent
 
+Place = tuple[int, int]  # prompt index, sample index
+
 
 class Inbox:
-    """The results of one request, in the order of its prompts."""
+    """The results of one request, as far as it has been started here."""
 
     def __init__(self, counts: list[int], tokenizer: Tokenizer | None, weight_version: int, streaming: bool) -> None:
         self.streaming = streaming
         self.closed = False
+        self.weight_version = weight_version
+        self._counts = counts
         self._tokenizer = tokenizer
-        self._weight_version = weight_version
-        self._done: list[list[Completion | None]] = [[None] * n for n in counts]
-        self._missing = sum(counts)
+        self._done: dict[Place, Completion] = {}
+        self._missing = 0
         self._events: list[StreamEvent] = []
-        self._decoders: dict[tuple[int, int], StreamDecoder] = {}
+        self._decoders: dict[Place, StreamDecoder] = {}
+
+    def expect(self, prompt_index: int) -> None:
+        """The samples of this prompt have been started."""
+        self._missing += self._counts[prompt_index]
 
     @property
     def complete(self) -> bool:
+        """Whether all that was started has ended."""
         return self._missing == 0
 
-    def completions(self) -> list[list[Completion]]:
-        """[P][n]; only when complete."""
-        return [[c for c in row if c is not None] for row in self._done]
+    @property
+    def done(self) -> dict[Place, Completion]:
+        """What has ended so far."""
+        return self._done
 
     def take(self) -> list[StreamEvent]:
         """The events since the last call."""
@@ -56,7 +65,7 @@ class Inbox:
     def finish(self, sequence: Sequence) -> None:
         """A sequence that has ended, for whatever reason."""
         completion = self._completion(sequence)
-        self._done[sequence.prompt_index][sequence.sample_index] = completion
+        self._done[sequence.prompt_index, sequence.sample_index] = completion
         self._missing -= 1
         if self.streaming:
             rest = completion.token_ids[sequence.reported :]
@@ -83,7 +92,7 @@ class Inbox:
             logprobs=torch.from_numpy(sequence.logprobs),
             text=text,
             finish_reason=sequence.finish_reason or "abort",
-            weight_version=self._weight_version,
+            weight_version=self.weight_version,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             prompt_token_ids=sequence.prompt.tolist(),
             kept_mass=torch.from_numpy(sequence.kept_mass) if filtered else None,

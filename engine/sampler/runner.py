@@ -1,9 +1,22 @@
-"""Runs a step on the model: packed tokens in, one sampled token per finished row out.
+"""Runs steps on the model: packed tokens in, one sampled token per finished row out.
 
-# T tokens of the step, R rows sampled from, U distinct rows among them, D model width, V vocabulary
+Over a pipeline each stage runs its layers of a step and sends the residual stream on; the last one samples and tells
+the others. Up to `depth` steps are under way at once, so that no stage waits for another:
+
+    stage 0   | n | n+1 | n+2 | ...        several chunks of layers a stage (interleaved): rounds of `depth` steps,
+    stage 1       |  n  | n+1 | n+2        chunk 0 of each of them, then chunk 1 of each, and so on
+
+Stages run the same steps in the same order, so the cache of each is written in that order too.
+
+Context-parallel ranks all run every step, and have all its keys in their caches. Of a step with many tokens (prompts)
+each computes its share of the rows; which rows those are changes no bit.
+
+# T tokens of the step, or this rank's share of them, D model width
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,21 +25,50 @@ from torch import Tensor
 from engine.batch import KVView, TokenBatch
 from engine.kernels.attention import AttentionPlan, allocate_pages
 from engine.kernels.graph import Graph
-from engine.kernels.linear import linear
-from engine.kernels.token_logprob import inverse_temperature
 from engine.model import Transformer
-from engine.parallel.vocabulary import vocabulary_sample, vocabulary_top
+from engine.parallel.collectives import Pending, start_receive, start_send
+from engine.parallel.context import ContextShard, choose_rows, deal_rows
+from engine.sampler.draw import Drawing, Drawn
 from engine.sampler.scheduler import Step
 from engine.sampler.slots import Slots
 
-LOGITS_BYTES = 64 << 20  # logits of at most this many bytes exist at once
+STREAM, DRAWN = 0, 1  # tags of messages between stages
+SHARED_ROWS = 128  # from so many for each context-parallel rank on, a step's rows are worth dealing out
+
+
+@dataclass
+class Flight:
+    """A step on its way through the stages: what of the slots it needs, as it was when the step was made."""
+
+    step: Step
+    tokens: np.ndarray  # int32 [T]
+    plan: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # what AttentionPlan.build takes
+    drawing: Drawing
+    context: ContextShard | None = None  # this rank's share of the rows, where they are dealt out
+    sampled_rows: Tensor | None = None  # then: which rows are sampled from
+    stream: Tensor | None = None  # between two chunks of layers of one rank
+    drawn: Drawn | None = None
+    message: Pending[Tensor] | None = None  # from the last stage
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that this rank computes."""
+        return len(self.tokens) if self.context is None else self.context.plan.num_tokens
+
+    def results(self) -> Drawn:
+        """The sampled tokens; waits for them."""
+        if self.message is not None:
+            self.drawn = self.drawing.unpack(self.message.wait())
+        assert self.drawn is not None, "the step has not been through all stages"
+        return self.drawn
 
 
 class Runner:
-    """Owns the KV pool and the recorded forward."""
+    """Owns the KV pool and the recorded forward of each chunk of layers."""
 
     def __init__(self, model: Transformer, num_pages: int, page_size: int, max_batch_tokens: int) -> None:
         self.model = model
+        self.stages = model.mesh.pp
         self.page_size = page_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -36,82 +78,134 @@ class Runner:
             self.values.append(values)
         self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32)
         self._plan = AttentionPlan()
-        self._graph: Graph | None = None
-        self._hidden: Tensor | None = None
+        width = model.config.hidden_size
+        self._streams = [
+            None if chunk.first else torch.zeros((max_batch_tokens, width), dtype=model.dtype) for chunk in model.chunks
+        ]
+        self._graphs: list[tuple[Graph, Tensor] | None] = [None] * len(model.chunks)
+        self._round: list[Flight | None] = []
+        self._sends: list[Pending[None]] = []
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way: the results of one are known when `depth - 1` more have started."""
+        return self.stages.size
 
     @torch.no_grad()
-    def run(self, step: Step, slots: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict[int, float]]]:
-        """Computes the step and samples: tokens [R], log-probabilities [R], kept mass [R], and the most likely
-        alternatives of the slots that asked for them."""
-        hidden = self._forward(step, slots)
-        if step.copies:
-            source, target = (torch.tensor(pages) for pages in zip(*step.copies, strict=True))
-            for pool in (*self.keys, *self.values):
-                pool[target] = pool[source]
-        return self._sample(hidden, step, slots)
+    def start(self, step: Step | None, slots: Slots) -> Flight | None:
+        """Runs this rank's part of the step, or nothing where there is none to run; its results come with, or after,
+        the step that is started `depth - 1` calls later."""
+        flight = None if step is None else self._flight(step, slots)
+        self._settle()
+        self._advance(flight, 0)
+        self._round.append(flight)
+        if len(self._round) == self.depth:
+            for chunk in range(1, len(self.model.chunks)):
+                for each in self._round:
+                    self._advance(each, chunk)
+            self._round = []
+        return flight
 
-    def _forward(self, step: Step, slots: Slots) -> Tensor:
+    def clear(self) -> None:
+        """Forgets a round that was not finished."""
+        self._round = []
+
+    def _flight(self, step: Step, slots: Slots) -> Flight:
         num_new = step.num_new
-        total = step.num_tokens
         start = np.zeros(len(num_new) + 1, dtype=np.int32)
         np.cumsum(num_new, out=start[1:])
         computed = slots.computed[step.slots]
         owner = np.repeat(np.arange(len(num_new), dtype=np.int32), num_new)
-        positions = computed[owner] + (np.arange(total, dtype=np.int32) - start[owner])
-        self._tokens[:total] = torch.from_numpy(slots.tokens[step.slots[owner], positions])
+        positions = computed[owner] + (np.arange(len(owner), dtype=np.int32) - start[owner])
+        tokens = slots.tokens[step.slots[owner], positions]
         context = computed + num_new
         width = int(-(-context.max() // self.page_size))
         tables = np.ascontiguousarray(slots.block_tables[step.slots, :width])
-        self._plan.build(start, context, positions, tables, self.page_size)
+        flight = Flight(step, tokens, (start, context, positions, tables), Drawing(step, slots))
+        group = self.model.mesh.cp
+        if group.size > 1 and len(tokens) >= SHARED_ROWS * group.size:
+            plan = AttentionPlan()
+            plan.build(*flight.plan, self.page_size)
+            lengths = num_new.tolist()
+            flight.context = ContextShard(group, deal_rows(lengths, group.size, computed.tolist()), lengths, plan)
+            flight.sampled_rows = torch.from_numpy(flight.drawing.distinct_rows())
+        if not self.model.has_last and len(flight.drawing):
+            last = self.stages.size - 1
+            size = (flight.drawing.message_size,)
+            flight.message = start_receive(size, torch.int32, self.stages, last, tag=DRAWN)
+        elif not len(flight.drawing):
+            flight.drawn = Drawn.empty(0)
+        return flight
+
+    def _advance(self, flight: Flight | None, chunk: int) -> None:
+        """This rank's `chunk` of layers, from the stage before to the stage after, or to tokens."""
+        if flight is None:
+            return
+        here = self.model.chunks[chunk]
+        hidden = self._forward(flight, chunk, None if here.first else self._take_in(flight))
+        if flight.step.copies:
+            source, target = (torch.tensor(pages) for pages in zip(*flight.step.copies, strict=True))
+            for layer in here.layers:
+                for pool in (self.keys[layer.place], self.values[layer.place]):
+                    pool[target] = pool[source]
+        if not here.last:
+            self._pass_on(flight, hidden)
+        elif len(flight.drawing):
+            if flight.sampled_rows is not None:
+                choice = choose_rows(flight.sampled_rows, flight.context)
+                hidden = choice.gather(choice.take(hidden))
+            flight.drawn = flight.drawing.draw(hidden, self.model)
+            self._tell(flight)
+
+    def _forward(self, flight: Flight, chunk: int, stream: Tensor | None) -> Tensor:
+        if flight.context is not None:  # so many rows that nothing is won by a recording
+            tokens = torch.from_numpy(flight.tokens)[flight.context.rows]
+            batch = TokenBatch(tokens, flight.context.plan, KVView(self.keys, self.values), context=flight.context)
+            return self.model.forward(batch, stream, chunk)
+        total = len(flight.tokens)
+        self._plan.build(*flight.plan, self.page_size)
+        if self.model.chunks[chunk].first:
+            self._tokens[:total] = torch.from_numpy(flight.tokens)
         if not self.model.recordable:
-            return self.model.forward(self._batch(total))
-        if self._graph is None:
+            return self.model.forward(self._batch(total), stream, chunk)
+        buffer = self._streams[chunk]
+        if buffer is not None and stream is not None:
+            buffer[:total] = stream
+        recorded = self._graphs[chunk]
+        if recorded is None:
             with Graph() as graph:
-                self._hidden = self.model.forward(self._batch(len(self._tokens)))
-            self._graph = graph
-        self._graph.replay(total)
-        assert self._hidden is not None
-        return self._hidden
+                hidden = self.model.forward(self._batch(len(self._tokens)), buffer, chunk)
+            self._graphs[chunk] = recorded = graph, hidden
+        graph, hidden = recorded
+        graph.replay(total)
+        return hidden[:total]
 
     def _batch(self, rows: int) -> TokenBatch:
         return TokenBatch(self._tokens[:rows], self._plan, KVView(self.keys, self.values))
 
-    def _sample(
-        self, hidden: Tensor, step: Step, slots: Slots
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict[int, float]]]:
-        vocab_size, group = self.model.config.vocab_size, self.model.mesh.tp
-        chunk = max(1, LOGITS_BYTES // (4 * vocab_size))
-        count = len(step.sample_slots)
-        tokens = np.empty(count, dtype=np.int32)
-        logprobs, kept_mass = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.float32)
-        alternatives: dict[int, dict[int, float]] = {}
-        for begin in range(0, count, chunk):
-            part = slice(begin, begin + chunk)
-            chosen = step.sample_slots[part]
-            rows = step.sample_rows[part]
-            if step.forked:
-                rows, which = np.unique(rows, return_inverse=True)
-            logits = linear(take_rows(hidden, rows), self.model.head, out_dtype=torch.float32)  # [U, this rank's V]
-            if step.forked:
-                logits = take_rows(logits, which)  # one row for each of R: siblings fork from one
-            counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
-            columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
-            temperature, top_k, top_p, min_p, seed = (torch.from_numpy(c[chosen]) for c in columns)
-            settings = (temperature, top_k, top_p, min_p, seed, torch.from_numpy(counter))
-            drawn = vocabulary_sample(logits, *settings, vocab_size, group)
-            tokens[part], logprobs[part], kept_mass[part] = (t.numpy() for t in drawn)
-            for index in np.flatnonzero(slots.watched[chosen]).tolist():
-                slot = int(chosen[index])
-                if k := slots.sequence[slot].params.logprobs:  # type: ignore[union-attr]
-                    heat = torch.tensor([inverse_temperature(float(slots.temperature[slot]))])
-                    ids, values = vocabulary_top(logits[index : index + 1], k, heat, vocab_size, group)
-                    alternatives[slot] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
-        return tokens, logprobs, kept_mass, alternatives
+    # ---- between stages ----
 
+    def _take_in(self, flight: Flight) -> Tensor:
+        """The residual stream of the chunk before, [T, D]."""
+        if flight.stream is not None:
+            return flight.stream
+        shape, before = (flight.num_rows, self.model.config.hidden_size), (self.stages.index - 1) % self.stages.size
+        return start_receive(shape, self.model.dtype, self.stages, before, tag=STREAM).wait()
 
-def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
-    """x[rows] on the calling thread: torch would wake a pool of its own, which competes with the kernels'."""
-    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
-        return x[int(rows[0]) : int(rows[-1]) + 1]
-    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-    return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)
+    def _pass_on(self, flight: Flight, hidden: Tensor) -> None:
+        if self.stages.size == 1:
+            flight.stream = hidden.clone()
+        else:  # a copy: the next replay writes where this one did
+            after = (self.stages.index + 1) % self.stages.size
+            self._sends.append(start_send(hidden.clone(), self.stages, after, tag=STREAM))
+
+    def _tell(self, flight: Flight) -> None:
+        """Sends what was sampled to the stages before."""
+        if self.stages.size > 1 and flight.drawn is not None:
+            message = flight.drawing.pack(flight.drawn)
+            self._sends += [start_send(message, self.stages, to, DRAWN) for to in range(self.stages.size - 1)]
+
+    def _settle(self) -> None:
+        """Lets go of messages that are old enough to have arrived."""
+        while len(self._sends) > 4 * self.depth * len(self.model.chunks):
+            self._sends.pop(0).wait()

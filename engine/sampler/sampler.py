@@ -1,7 +1,11 @@
-"""Many requests, one loop: schedule a step, run it, hand out the tokens."""
+"""Many requests, one loop: schedule a step, run it, hand out the tokens.
+
+Every rank of a replica runs this loop and comes to the same decisions: they depend on tokens, and all ranks get those.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +16,8 @@ from engine.kernels.sample_token import hash_seed
 from engine.model import Transformer
 from engine.sampler.kv_cache import KVCache
 from engine.sampler.request import Sequence
-from engine.sampler.runner import Runner
-from engine.sampler.scheduler import Scheduler, Step
+from engine.sampler.runner import Flight, Runner
+from engine.sampler.scheduler import Scheduler
 from engine.sampler.slots import Slots
 from engine.sampler.stopping import StopScanner
 from engine.tokenizer import Tokenizer
@@ -30,6 +34,7 @@ class SamplerStats:
     computed_tokens: int = 0  # tokens that went through the model
     sampled_tokens: int = 0
     preemptions: int = 0
+    idle_turns: int = 0  # of a pipeline: there was no step to start while others were under way
 
 
 class Sampler:
@@ -42,8 +47,10 @@ class Sampler:
         self.capacity = min(num_pages * config.page_size, model.config.max_position_embeddings)
         self.cache = KVCache(num_pages, config.page_size, config.prefix_caching)
         self.slots = Slots(config.max_seqs, -(-self.capacity // config.page_size))
-        self.scheduler = Scheduler(self.cache, self.slots, config.max_batch_tokens, config.max_seqs)
         self.runner = Runner(model, num_pages, config.page_size, config.max_batch_tokens)
+        depth = self.runner.depth
+        self.scheduler = Scheduler(self.cache, self.slots, config.max_batch_tokens, config.max_seqs, depth)
+        self._under_way: deque[Flight | None] = deque()
         self.stats = SamplerStats()
         self._is_eos = np.zeros(model.config.vocab_size, dtype=bool)
         eos = set(model.config.eos_token_ids) | set(tokenizer.eos_token_ids if tokenizer else ())
@@ -70,17 +77,44 @@ class Sampler:
         self.scheduler.waiting.append(family[0])
         self.stats.prompt_tokens += len(prompt) * params.n
 
+    @property
+    def room(self) -> int:
+        """Sequences that could start now: none while some wait, or while the cache has no page to spare."""
+        running = self.slots.order
+        if self.scheduler.waiting or self.cache.num_free <= len(running):
+            return 0
+        coming = sum(len(s.siblings) for s in self.slots.sequence if s is not None)
+        return self.scheduler.max_running - len(running) - coming
+
     def step(self) -> tuple[list[int], list[Sequence]] | None:
-        """Runs one step: the slots that got a token and still run, and the sequences that finished; None when nothing
-        is left to run.
+        """Starts one step and takes in the results of the last one that is through (without a pipeline, the same): the
+        slots that got a token and still run, and the sequences that finished; None when nothing is left to run.
 
         Raises NumericsError when logits are not finite.
         """
         step = self.scheduler.next_step()
-        if step is None:
+        if step is None and not any(self._under_way):
+            self._under_way.clear()
             return None
-        finished = self._run(step)
-        return [s for s in step.sample_slots.tolist() if self.slots.sequence[s] is not None], finished
+        self._under_way.append(self.runner.start(step, self.slots))
+        if step is None:
+            self.stats.idle_turns += 1
+        else:
+            self.scheduler.computed(step)
+            self.stats.steps += 1
+            self.stats.computed_tokens += step.num_tokens
+            self.stats.preemptions = self.scheduler.num_preemptions
+        if len(self._under_way) < self.runner.depth:
+            return [], []
+        return self._take_in(self._under_way.popleft())
+
+    def drain(self) -> None:
+        """Lets the steps under way end, whatever becomes of their tokens."""
+        while any(self._under_way):
+            self._under_way.append(self.runner.start(None, self.slots))
+            if len(self._under_way) >= self.runner.depth and (flight := self._under_way.popleft()) is not None:
+                flight.results()
+        self._under_way.clear()
 
     def abort(self, request_id: int, prompt_index: int | None = None) -> list[Sequence]:
         """Ends the sequences of a request (of one of its prompts); they keep what was sampled."""
@@ -100,25 +134,28 @@ class Sampler:
             sequence.finish_reason = "abort"
         return ended
 
-    def _run(self, step: Step) -> list[Sequence]:
-        slots, stats = self.slots, self.stats
-        tokens, logprobs, kept_mass, alternatives = self.runner.run(step, slots)
-        self.scheduler.computed(step)
-        stats.steps += 1
-        stats.computed_tokens += step.num_tokens
-        stats.preemptions = self.scheduler.num_preemptions
-        if not len(tokens):
-            return []
-        if tokens.min() < 0:
+    def _take_in(self, flight: Flight | None) -> tuple[list[int], list[Sequence]]:
+        if flight is None or not len(flight.drawing):
+            return [], []
+        slots, step, drawn = self.slots, flight.step, flight.results()
+        if drawn.tokens.min() < 0:
+            self.drain()
             raise NumericsError(
-                f"the logits of {int((tokens < 0).sum())} of {len(tokens)} rows are not finite, so no token can be "
-                "sampled; check the weights (the last optimizer step, or the checkpoint) for NaN and infinity"
+                f"the logits of {int((drawn.tokens < 0).sum())} of {len(drawn.tokens)} rows are not finite, so no "
+                "token can be sampled; check the weights (the last optimizer step, or the checkpoint) for NaN and "
+                "infinity"
             )
-        stats.sampled_tokens += len(tokens)
-        slots.append(step.sample_slots, tokens, logprobs, kept_mass)
-        for slot, choices in alternatives.items():
-            slots.sequence[slot].alternatives.append(choices)  # type: ignore[union-attr]
-        return self._finish(step.sample_slots, tokens)
+        here = slots.tenancy[step.sample_slots] == step.tenancy  # who has left draws the same token when it is back
+        sampled, tokens = step.sample_slots[here], drawn.tokens[here]
+        self.stats.sampled_tokens += len(tokens)
+        if not len(tokens):
+            return [], []
+        slots.append(sampled, tokens, drawn.logprobs[here], drawn.kept_mass[here])
+        for index, choices in drawn.alternatives.items():
+            if here[index]:
+                slots.sequence[step.sample_slots[index]].alternatives.append(choices)  # type: ignore[union-attr]
+        finished = self._finish(sampled, tokens)
+        return [slot for slot in sampled.tolist() if slots.sequence[slot] is not None], finished
 
     def _finish(self, sampled: np.ndarray, tokens: np.ndarray) -> list[Sequence]:
         slots = self.slots
@@ -147,6 +184,8 @@ class Sampler:
 
     def clear(self) -> None:
         """Ends everything in flight and forgets what the cache holds."""
+        self._under_way.clear()
+        self.runner.clear()
         for slot in list(self.slots.order):
             self.scheduler.finish(slot)
         self.scheduler.waiting.clear()

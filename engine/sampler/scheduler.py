@@ -3,6 +3,9 @@
 Continuous batching with chunked prefill (as in arXiv 2403.02310): decodes first, then prompts under way, then prompts
 from the waiting line. When pages run out the youngest sequence gives its own back and is computed again later.
 
+Over a pipeline of `depth` stages the results of a step are known `depth` steps later. What waits for its token is in no
+step until then, and a step takes at most its share of the running sequences, so that there are some for each of them.
+
 # T tokens of the step, R rows that a token is sampled from
 """
 
@@ -25,6 +28,7 @@ class Step:
     slots: np.ndarray  # int32 [S]
     num_new: np.ndarray  # int32 [S] tokens of each slot in this step
     sample_slots: np.ndarray  # int32 [R] whose next token is sampled
+    tenancy: np.ndarray  # int64 [R] of those slots: a sequence that leaves before the token comes will not see it
     sample_rows: np.ndarray  # int32 [R] from which row of the hidden states; forked siblings share their leader's
     copies: list[tuple[int, int]]  # pages (from, to) to copy after the forward, for siblings
     num_decode: int  # leading entries of `slots` that decode
@@ -38,21 +42,21 @@ class Step:
 class Scheduler:
     """Owns the waiting line, the slots and the cache's pages."""
 
-    def __init__(self, cache: KVCache, slots: Slots, max_batch_tokens: int, max_seqs: int) -> None:
+    def __init__(self, cache: KVCache, slots: Slots, max_batch_tokens: int, max_seqs: int, depth: int = 1) -> None:
         self.cache = cache
         self.slots = slots
         self.waiting: deque[Sequence] = deque()
         self.max_batch_tokens = max_batch_tokens
         self.max_running = min(max_seqs, max_batch_tokens)
+        self.depth = depth
         self.num_preemptions = 0
 
     def next_step(self) -> Step | None:
-        """Chooses the next step and gives it its pages; None when nothing is left to run."""
-        self._give_pages_to_decodes()
+        """Chooses the next step and gives it its pages; None when there is nothing to run now."""
+        decodes = self._give_pages(self._due())
         slots = self.slots
         order = np.array(slots.order, dtype=np.int32)
         pending = slots.length[order] - slots.computed[order]
-        decodes = order[pending == 1]
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[tuple[int, int]] = []
         for slot in order[pending > 1].tolist():
@@ -85,10 +89,12 @@ class Scheduler:
             forked = [(new, row) for slot, row in forks for new in self._fork(slot, copies)]
             sample_slots = np.concatenate([sample_slots, np.array([s for s, _ in forked], dtype=np.int32)])
             sample_rows = np.concatenate([sample_rows, np.array([r for _, r in forked], dtype=np.int32)])
-        return Step(running, num_new, sample_slots, sample_rows, copies, len(decodes), bool(forks))
+        tenancy = slots.tenancy[sample_slots]
+        return Step(running, num_new, sample_slots, tenancy, sample_rows, copies, len(decodes), bool(forks))
 
     def computed(self, step: Step) -> None:
-        """Notes that the step's keys and values are in the cache, and makes its full pages findable."""
+        """Notes that the step's keys and values are in the cache (of every stage, before it runs another step), and
+        makes its full pages findable."""
         slots, size = self.slots, self.cache.page_size
         slots.computed[step.slots] += step.num_new
         if not self.cache.prefix_caching:
@@ -109,17 +115,25 @@ class Scheduler:
             node = cache.register(node, slots.tokens[slot], index, int(table[index]))
         slots.node[slot], slots.registered[slot] = node, full
 
-    def _give_pages_to_decodes(self) -> None:
-        slots, size = self.slots, self.cache.page_size
+    def _due(self) -> np.ndarray:
+        """Slots that decode in this step: those that have a token to go on from, the oldest first, up to the share."""
+        slots = self.slots
         order = np.array(slots.order, dtype=np.int32)
-        decoding = slots.length[order] - slots.computed[order] == 1
-        for slot in order[decoding & (slots.computed[order] // size >= slots.num_pages[order])].tolist():
+        return order[slots.length[order] - slots.computed[order] == 1][: -(-len(order) // self.depth)]
+
+    def _give_pages(self, decodes: np.ndarray) -> np.ndarray:
+        """Those of the slots that still run when each has a page for its next token."""
+        slots, size, preempted = self.slots, self.cache.page_size, self.num_preemptions
+        for slot in decodes[slots.computed[decodes] // size >= slots.num_pages[decodes]].tolist():
             while slots.sequence[slot] is not None:
                 page = self.cache.allocate(1)
                 if page is not None:
                     slots.add_pages(slot, page)
                     break
                 self._preempt(slots.order[-1])
+        if preempted == self.num_preemptions:
+            return decodes
+        return np.array([slot for slot in decodes.tolist() if slots.sequence[slot] is not None], dtype=np.int32)
 
     def _preempt(self, slot: int) -> None:
         sequence = self.finish(slot)

@@ -24,6 +24,7 @@ class Slots:
         self.num_pages = np.zeros(num_slots, dtype=np.int32)
         self.registered = np.zeros(num_slots, dtype=np.int32)  # leading pages that can be found by their tokens
         self.node = np.zeros(num_slots, dtype=np.int64)  # the cache's node of the last of those
+        self.tenancy = np.zeros(num_slots, dtype=np.int64)  # counts who was here: results may come when one has left
         self.block_tables = np.zeros((num_slots, max_pages), dtype=np.int32)
         self.tokens = np.zeros((num_slots, 64), dtype=np.int32)  # [S, C]
         self.logprobs = np.zeros((num_slots, 64), dtype=np.float32)  # [S, C], at the sampled token's index
@@ -69,6 +70,7 @@ class Slots:
         sequence.logprobs = self.logprobs[slot, prompt:size].copy()
         sequence.kept_mass = self.kept_mass[slot, prompt:size].copy()
         self.sequence[slot] = None
+        self.tenancy[slot] += 1
         self.order.remove(slot)
         self._free.append(slot)
         return sequence

@@ -5,6 +5,7 @@ import io
 import pytest
 
 from engine import __main__ as cli
+from engine.kernels.op import cpu_missing
 from tests.tiny import save_hf_tiny, save_tiny_tokenizer
 
 
@@ -61,3 +62,12 @@ def test_a_model_without_a_tokenizer_is_refused(capsys, tmp_path):
     save_hf_tiny(tmp_path)
     assert run("generate", str(tmp_path), "hello", "--kv-tokens", "512") == 1
     assert "tokenizer.json" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(cpu_missing()), reason="no kernels are built")
+def test_ops_for_float64_says_why_no_kernel_runs(capsys, monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 200)
+    assert run("ops", "--dtype", "float64") == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["attention", "cpu", "", "yes", "it computes in float32 and bfloat16, not in float64"] in rows
+    assert ["attention", "torch", "yes", "no", ""] in rows

@@ -130,3 +130,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         Weight("w", (8,), torch.float32, packed=True)
     with pytest.raises(InputError, match=r"a matrix \[N, K\] or a vector"):
         Weight("w", (8, 0), torch.float32, packed=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_on_the_meta_device_has_the_size_of_a_real_one_and_no_memory(dtype: torch.dtype) -> None:
+    real = Weight("w", (41, 131), dtype, packed=True)
+    with torch.device("meta"):
+        weight = Weight("w", (41, 131), dtype, packed=True)
+        gradient = weight.grad_buffer()
+    assert weight.data.is_meta and gradient.is_meta
+    assert weight.nbytes == real.nbytes and gradient.shape == real.grad_buffer().shape
+    assert not Weight("w", (41, 131), dtype, packed=True).data.is_meta

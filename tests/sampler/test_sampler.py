@@ -16,6 +16,7 @@ from engine import (
     SamplingParams,
     Tokenizer,
 )
+from engine.kernels.op import cpu_missing, use_backend
 from tests.tiny import save_tiny_tokenizer, tiny_config
 
 PROMPTS = [[5, 6, 7], [9] * 20]
@@ -266,7 +267,7 @@ def test_an_interrupt_in_a_step_frees_everything_and_the_engine_stays_usable(mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.sampler.runner, "run", interrupted)
+        patch.setattr(engine.sampler.runner, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.generate([PROMPTS[1]], params)
     assert engine.sampler.num_unfinished == 0
@@ -274,3 +275,23 @@ def test_an_interrupt_in_a_step_frees_everything_and_the_engine_stays_usable(mon
     with pytest.raises(EngineError, match="submit it again"):
         next(other)
     assert [c.token_ids for c in engine.generate([PROMPTS[1]], params)[0]] == before
+
+
+@pytest.mark.skipif(bool(cpu_missing()), reason="no kernels are built")
+def test_a_forward_of_torch_definitions_is_not_recorded(engine):
+    """A recording made before, or one that holds no kernel, would replay something else."""
+    prompts, params = [[5, 6, 7], [9] * 20], SamplingParams(max_tokens=8, seed=3, ignore_eos=True)
+    engine.sampler.cache.forget()
+    before = engine.generate(prompts, params)
+    with use_backend("torch"):
+        assert not engine.model.recordable
+        engine.sampler.cache.forget()
+        torch_only = engine.generate(prompts, params)
+    assert engine.model.recordable
+    engine.sampler.cache.forget()
+    after = engine.generate(prompts, params)
+    for (a,), (b,), (c,) in zip(before, torch_only, after, strict=True):
+        assert a.token_ids == b.token_ids == c.token_ids
+        torch.testing.assert_close(b.logprobs, a.logprobs, rtol=0.0, atol=1e-4)
+        assert not torch.equal(b.logprobs, a.logprobs), "the kernels ran, and not torch's definitions"
+        assert torch.equal(c.logprobs, a.logprobs)

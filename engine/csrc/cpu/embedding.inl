@@ -27,12 +27,13 @@ static void embedding_rows(const int32_t* tokens, const T* weight, bool packed, 
   });
 }
 
-// weight_grad[tokens[t] - first_row] += dy[t]. A thread owns columns and walks the tokens in order, so a sum never depends on how
-// the columns were shared out.
+// weight_grad[tokens[t] - first_row] += dy[t]. A thread owns columns and walks the tokens in order, so a sum never
+// depends on how the columns were shared out.
 template <class T>
 static void embedding_backward_rows(const int32_t* tokens, const T* dy, float* weight_grad, int64_t rows,
                                     int64_t vocab, int64_t width, int64_t first_row) {
   int64_t blocks = ceil_div(width, kLanes);
+  if (rows == 0) return;
   int64_t grain = std::max(ceil_div(kGrainElements, rows * kLanes), ceil_div(blocks, num_threads()));
   parallel_for(blocks, grain, [=](int64_t begin, int64_t end) {
     int64_t from = begin * kLanes, until = std::min(width, end * kLanes);

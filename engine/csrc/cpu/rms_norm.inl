@@ -71,7 +71,7 @@ static void rms_norm_backward_rows(const T* dy, const T* d_sum, const T* x, cons
       }
     }
   });
-  parallel_for(ceil_div(width, kLanes), std::max<int64_t>(1, kGrainElements / kLanes / chunks),
+  parallel_for(ceil_div(width, kLanes), std::max<int64_t>(1, kGrainElements / kLanes / std::max<int64_t>(1, chunks)),
                [=](int64_t begin, int64_t end) {
                  for (int64_t k = begin * kLanes; k < std::min(width, end * kLanes); k += kLanes) {
                    int lanes = lanes_at(k, width);

@@ -1,0 +1,120 @@
+"""From hidden states to tokens: the rows of a step that a token is sampled from, how each samples, what came out.
+
+# R rows sampled from, U distinct rows among them, V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.linear import linear
+from engine.kernels.token_logprob import inverse_temperature
+from engine.model import Transformer
+from engine.parallel.vocabulary import vocabulary_sample, vocabulary_top
+from engine.sampler.scheduler import Step
+from engine.sampler.slots import Slots
+
+LOGITS_BYTES = 64 << 20  # logits of at most this many bytes exist at once
+
+
+@dataclass
+class Drawn:
+    """One token for each of R rows. `alternatives[i]` are the most likely tokens of row i, where it asked for them."""
+
+    tokens: np.ndarray  # int32 [R]; -1 where the logits were not finite
+    logprobs: np.ndarray  # float32 [R]
+    kept_mass: np.ndarray  # float32 [R]
+    alternatives: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, count: int) -> Drawn:
+        return cls(np.empty(count, np.int32), np.empty(count, np.float32), np.empty(count, np.float32))
+
+
+class Drawing:
+    """How the rows of one step sample: taken from the slots when the step is made, as these may change before its last
+    hidden states are there."""
+
+    def __init__(self, step: Step, slots: Slots) -> None:
+        chosen = step.sample_slots
+        self.rows, self.forked = step.sample_rows, step.forked
+        counter = (slots.length[chosen] - slots.prompt_length[chosen]).astype(np.int64)
+        columns = (slots.temperature, slots.top_k, slots.top_p, slots.min_p, slots.seed)
+        self._settings = [*(torch.from_numpy(column[chosen]) for column in columns), torch.from_numpy(counter)]
+        self.alternatives: dict[int, int] = {}  # of row i: how many
+        for index in np.flatnonzero(slots.watched[chosen]).tolist():
+            if k := slots.sequence[chosen[index]].params.logprobs:  # type: ignore[union-attr]
+                self.alternatives[index] = k
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def distinct_rows(self) -> np.ndarray:
+        """The rows that are sampled from, each once, ascending; `draw` takes the hidden states of these alone then."""
+        distinct, self.rows = np.unique(self.rows, return_inverse=True)
+        return distinct
+
+    def draw(self, hidden: Tensor, model: Transformer) -> Drawn:
+        """Samples from the rows of `hidden` [T, D], after the last norm. The head runs on these rows and no others."""
+        vocab_size, group = model.config.vocab_size, model.mesh.tp
+        chunk = max(1, LOGITS_BYTES // (4 * vocab_size))
+        drawn = Drawn.empty(len(self))
+        for begin in range(0, len(self), chunk):
+            part = slice(begin, begin + chunk)
+            rows = self.rows[part]
+            if self.forked:
+                rows, which = np.unique(rows, return_inverse=True)
+            logits = linear(take_rows(hidden, rows), model.head, out_dtype=torch.float32)  # [U, this rank's V]
+            if self.forked:
+                logits = take_rows(logits, which)  # one row for each of R: siblings fork from one
+            temperature, top_k, top_p, min_p, seed, counter = (setting[part] for setting in self._settings)
+            sampled = vocabulary_sample(
+                logits, temperature, top_k, top_p, min_p, seed, counter, vocab_size=vocab_size, group=group
+            )
+            drawn.tokens[part], drawn.logprobs[part], drawn.kept_mass[part] = (t.numpy() for t in sampled)
+            for index, k in self.alternatives.items():
+                if begin <= index < begin + chunk:
+                    heat = torch.tensor([inverse_temperature(float(self._settings[0][index]))])
+                    row = logits[index - begin : index - begin + 1]
+                    ids, values = vocabulary_top(row, k, heat, vocab_size, group)
+                    drawn.alternatives[index] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+        return drawn
+
+    # ---- the same as one message between the stages of a pipeline ----
+
+    @property
+    def message_size(self) -> int:
+        """Elements of what `pack` makes: every stage knows it beforehand."""
+        return 3 * len(self) + 2 * sum(self.alternatives.values())
+
+    def pack(self, drawn: Drawn) -> Tensor:
+        """int32 [message_size]."""
+        pieces = [drawn.tokens, drawn.logprobs.view(np.int32), drawn.kept_mass.view(np.int32)]
+        for index in self.alternatives:
+            choices = drawn.alternatives[index]
+            pieces += [np.array(list(choices), np.int32), np.array(list(choices.values()), np.float32).view(np.int32)]
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def unpack(self, message: Tensor) -> Drawn:
+        """What was packed."""
+        numbers, count = message.numpy(), len(self)
+        tokens, logprobs, kept_mass = numbers[: 3 * count].reshape(3, count)
+        drawn = Drawn(tokens, logprobs.view(np.float32), kept_mass.view(np.float32))
+        at = 3 * count
+        for index, k in self.alternatives.items():
+            ids, values = numbers[at : at + k], numbers[at + k : at + 2 * k].view(np.float32)
+            drawn.alternatives[index] = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            at += 2 * k
+        return drawn
+
+
+def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
+    """x[rows] on the calling thread: torch would wake a pool of its own, which competes with the kernels'."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return x[int(rows[0]) : int(rows[-1]) + 1]
+    bits = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)
