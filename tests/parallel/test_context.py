@@ -12,10 +12,11 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig, Sample, SamplingParams
 from engine.config import ParallelConfig
-from engine.parallel.collectives import Group, all_reduce
+from engine.parallel.collectives import Group
 from engine.parallel.context import ContextShard, choose_rows, deal_rows
 from engine.parallel.mesh import Mesh
 from engine.sampler import runner
+from tests.parallel.gradients import whole_gradients
 from tests.parallel.pool import Pool
 from tests.tiny import FAMILIES, tiny_config
 
@@ -143,7 +144,7 @@ def scored_and_trained(architecture: str, dtype: str, loss: str, shapes: list[tu
     samples = samples_of(shapes)
     scored = engine.score([sample.tokens for sample in samples], 0.8)
     stats = engine.forward_backward(samples, loss)
-    gradients = [all_reduce(w.grad_buffer().double(), engine.mesh.cp) for w in engine.model.weights()]
+    gradients = [gradient.double() for gradient in whole_gradients(engine.trainer)]
     engine.close()
     return {"scored": scored, "logprobs": stats.logprobs, "loss": stats.loss, "metrics": stats.metrics,
             "gradients": gradients}  # fmt: skip
@@ -214,6 +215,38 @@ def test_gradients_add_up_over_four_ranks(pool4: Pool) -> None:
         one = scored_and_trained("Qwen3ForCausalLM", dtype, "dapo", SHAPES, True, {})
         for ours in pool4.run(scored_and_trained, "Qwen3ForCausalLM", dtype, "dapo", SHAPES, False, {"cp": 4}):
             assert largest_error(ours["gradients"], one["gradients"]) < limit
+
+
+def learn(architecture: str, single: bool, parallel: dict[str, Any]) -> dict[str, Any]:
+    """Ten steps in float64."""
+    engine = engine_of(architecture, "float64", single, parallel, train_batch_tokens=200)
+    losses, norms = [], []
+    for _ in range(10):
+        losses.append(engine.forward_backward(samples_of(SHAPES), "dapo").loss)
+        norms.append(engine.optim_step(1e-3).grad_norm)
+    weights = [weight.dense() for weight in engine.model.weights()]
+    engine.close()
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def assert_learned_alike(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    for ours in ranks:
+        for name in ("losses", "norms"):
+            assert ours[name] == pytest.approx(one[name], rel=1e-10, abs=1e-10), name
+        if ours["weights"][0].shape == one["weights"][0].shape:  # not a tensor-parallel shard
+            assert largest_error(ours["weights"], one["weights"]) < 1e-10
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "MistralForCausalLM"])
+def test_ten_steps_agree_with_those_of_one_rank(pool2: Pool, architecture: str) -> None:
+    one = learn(architecture, True, {})
+    assert_learned_alike(pool2.run(learn, architecture, False, {"cp": 2}), one)
+
+
+def test_ten_steps_agree_with_those_of_one_rank_on_four(pool4: Pool) -> None:
+    one = learn("Qwen3ForCausalLM", True, {})
+    for parallel in ({"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 2, "dp": 2}):
+        assert_learned_alike(pool4.run(learn, "Qwen3ForCausalLM", False, parallel), one)
 
 
 def sampled_and_trained(dtype: str, single: bool, parallel: dict[str, Any], **sizes: Any) -> dict[str, Any]:
