@@ -18,7 +18,8 @@ from engine.kernels.op import cpu_missing, extension
 from engine.log import logger
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
-from engine.parallel.mesh import Mesh, make_mesh, ranks_on_this_machine
+from engine.parallel.launch import ranks_on_this_machine
+from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.shards import Placement
 from engine.sampler.output import Stream
 from engine.sampler.sampler import Sampler
