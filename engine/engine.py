@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.atomic import recover
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CapacityError, EngineError, InputError
@@ -20,6 +21,7 @@ from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
 from engine.parallel.launch import ranks_on_this_machine
 from engine.parallel.mesh import Mesh, make_mesh
+from engine.parallel.ranks import Ranks
 from engine.parallel.shards import Placement
 from engine.parallel.together import together
 from engine.sampler.output import Stream
@@ -189,6 +191,12 @@ class Engine:
         if self._saver is not None:
             self._saver.wait()
 
+    @staticmethod
+    def has_state(path: str | Path) -> bool:
+        """Whether there is a complete state at `path` for `load_state`. One rank asks at a time."""
+        recover(path)
+        return (Path(path) / "state.json").exists()
+
     def load_state(self, path: str | Path) -> dict[str, Any]:
         """Restores what `save_state` wrote, on any mesh; returns its `extra`. Raises CheckpointError on every rank."""
         self.wait_for_saves()
@@ -198,6 +206,11 @@ class Engine:
         return extra
 
     # ---- looking ----
+
+    @property
+    def ranks(self) -> Ranks:
+        """All ranks, for a program that has to tell them something."""
+        return Ranks(self.mesh.world)
 
     @property
     def weight_version(self) -> int:
