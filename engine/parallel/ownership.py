@@ -164,6 +164,10 @@ class Shares:
         """This rank's blocks, bucket by bucket."""
         return [weight for bucket in self.buckets for weight in bucket.own]
 
+    def own_rows(self) -> list[tuple[RowBlock, Weight]]:
+        """Each of `own`, with the rows of the model's weight that it is; rows of one weight ascend."""
+        return [pair for bucket in self.buckets for pair in zip(self._own_blocks(bucket), bucket.own, strict=True)]
+
     def is_counted(self, weight: Weight) -> bool:
         """Whether a sum over all ranks takes this one of `own` from this rank."""
         return self._counted[id(weight)]
