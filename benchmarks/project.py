@@ -44,12 +44,12 @@ class Project:
         works: list[Generation],
         dtype: str = "bfloat16",
         checkpoint: Path | None = None,
-        parallel: ParallelConfig = ParallelConfig(),
+        parallel: ParallelConfig | None = None,
         threads: int = 0,
     ) -> None:
         pool = -(-kv_tokens(works) // PAGE_SIZE) * PAGE_SIZE
-        config = EngineConfig(device="cpu", dtype=dtype, kv_tokens=pool, page_size=PAGE_SIZE, parallel=parallel,
-                              threads=threads)  # fmt: skip
+        config = EngineConfig(device="cpu", dtype=dtype, kv_tokens=pool, page_size=PAGE_SIZE, threads=threads,
+                              parallel=parallel or ParallelConfig())  # fmt: skip
         if checkpoint is not None:
             self.engine = Engine.from_pretrained(checkpoint, config)
         else:

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarks import cli, machine
 from benchmarks.project import Project
 from benchmarks.table import aligned, figure
@@ -102,7 +104,7 @@ def mesh_config(name: str) -> ParallelConfig:
         if match is None:
             raise ValueError(f'"{part}" of the mesh "{name}" is not an axis ({", ".join(AXES)}) and a number of ranks')
         found[match[1]] = int(match[2])
-    return ParallelConfig(**found)
+    return msgspec.convert(found, ParallelConfig)
 
 
 def number_of_ranks(mesh: ParallelConfig) -> int:
