@@ -17,8 +17,6 @@ from engine.kernels.attention import AttentionSpec, allocate_pages
 from engine.kernels.memory import num_bytes
 from engine.kernels.token_logprob import LOGITS_ELEMENTS
 from engine.kernels.weight import storage_shape
-from engine.parallel.mesh import Mesh
-from engine.parallel.shards import row_share
 from engine.planner.share import Share
 
 FP32 = 4  # bytes
@@ -83,23 +81,6 @@ def weight_bytes(held: list[Held], dtype: torch.dtype) -> int:
 def gradient_bytes(held: list[Held]) -> int:
     """Gradients of this rank's lane, fp32 and dense: 4 bytes x N x K of each weight."""
     return sum(FP32 * weight.num_elements for weight in held)
-
-
-def share_elements(held: list[Held], num_shares: int, index: int) -> int:
-    """Elements of one rank's share of the optimizer (ZeRO-1, arXiv 1910.02054): each weight's rows are dealt over the
-    dp x cp ranks that hold it, in panels of 16."""
-    rows = (row_share(weight.shape[0], num_shares, index).size for weight in held)
-    return sum(n * math.prod(weight.shape[1:]) * weight.count for n, weight in zip(rows, held, strict=True))
-
-
-def gradient_sum_bytes(held: list[Held], mesh: Mesh) -> int:
-    """The sum of all lanes, sharded: 4 bytes x `share_elements`; the lane's own buffer where nothing is sharded."""
-    return FP32 * share_elements(held, mesh.data.size, mesh.data.index) if mesh.data.size > 1 else 0
-
-
-def optimizer_bytes(held: list[Held], mesh: Mesh) -> int:
-    """fp32 master weights and two moments: 12 bytes x `share_elements`."""
-    return 3 * FP32 * share_elements(held, mesh.data.size, mesh.data.index)
 
 
 def layer_activation_bytes(share: Share) -> int:

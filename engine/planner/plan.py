@@ -15,7 +15,7 @@ from engine.errors import ConfigError, nearest
 from engine.parallel.mesh import AXES, Mesh
 from engine.parallel.schedule import Costs, peak_activations, schedule
 from engine.parallel.shards import Placement
-from engine.planner import footprint
+from engine.planner import footprint, optimizer
 from engine.planner.cost import StepTime, bubble, counted_micro_batches, missing_figures, model_flops, step_time
 from engine.planner.machine import Machine
 from engine.planner.share import DTYPES, Share
@@ -146,11 +146,12 @@ def plan_rank(share: Share, micro_batches: int) -> RankPlan:
         num_bytes={
             "weights": footprint.weight_bytes(held, share.dtype),
             "gradients": footprint.gradient_bytes(held),
-            "gradient sums": footprint.gradient_sum_bytes(held, mesh),
-            "optimizer": footprint.optimizer_bytes(held, mesh),
+            "gradient sums": optimizer.gradient_sum_bytes(share),
+            "optimizer": optimizer.optimizer_bytes(share),
             "activations": footprint.activation_bytes(share, in_flight),
             "backward": footprint.working_bytes(share),
             "logits": footprint.logits_bytes(share),
+            "exchange": optimizer.exchange_bytes(share),
             "sampling": footprint.sampling_bytes(share),
             "rotary table": footprint.rotary_bytes(share.model),
         },
@@ -214,7 +215,7 @@ def make_plan(
 
 
 def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, sequence_tokens: int) -> Share:
-    """The rank of a stage that holds most: shards of rows, and shares of the optimizer, differ by a panel. First the
+    """The rank of a stage that holds most: shards of rows differ by a panel, shares of the optimizer by a block. First the
     tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
     first = stage * config.parallel.cp * config.parallel.tp
 
@@ -225,6 +226,5 @@ def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, sequence_tok
         return footprint.weight_bytes(footprint.held_weights(share(rank)), DTYPES[config.dtype])
 
     heavy = share(max(range(first, first + config.parallel.tp), key=weights))
-    held, data = footprint.held_weights(heavy), heavy.mesh.data
-    elements = [footprint.share_elements(held, data.size, index) for index in range(data.size)]
-    return share(data.ranks[elements.index(max(elements))])
+    elements = [each.elements for each in optimizer.owned_by_each(heavy)]
+    return share(heavy.mesh.data.ranks[elements.index(max(elements))])
