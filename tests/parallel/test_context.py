@@ -12,9 +12,10 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig, Sample, SamplingParams
 from engine.config import ParallelConfig
-from engine.parallel.collectives import Group, all_reduce
+from engine.parallel.collectives import Group
 from engine.parallel.context import ContextShard, choose_rows, deal_rows
 from engine.parallel.mesh import Mesh
+from tests.parallel.gradients import whole_gradients
 from tests.parallel.pool import Pool
 from tests.tiny import FAMILIES, tiny_config
 
@@ -143,7 +144,7 @@ def scored_and_trained(architecture: str, dtype: str, loss: str, shapes: list[tu
     samples = samples_of(shapes)
     scored = engine.score([sample.tokens for sample in samples], 0.8)
     stats = engine.forward_backward(samples, loss)
-    gradients = [all_reduce(w.grad_buffer().double(), engine.mesh.cp) for w in engine.model.weights()]
+    gradients = [gradient.double() for gradient in whole_gradients(engine.trainer)]
     engine.close()
     return {"scored": scored, "logprobs": stats.logprobs, "loss": stats.loss, "metrics": stats.metrics,
             "gradients": gradients}  # fmt: skip
