@@ -215,8 +215,8 @@ def make_plan(
 
 
 def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, sequence_tokens: int) -> Share:
-    """The rank of a stage that holds most: shards of rows differ by a panel, shares of the optimizer by a block. First the
-    tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
+    """The rank of a stage that holds most: shards of rows differ by a panel, shares of the optimizer by a block. First
+    the tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
     first = stage * config.parallel.cp * config.parallel.tp
 
     def share(rank: int) -> Share:

@@ -167,7 +167,11 @@ def step_traffic(share: Share, micro_batches: int) -> list[Traffic]:
     found = [
         Traffic("forward: rows and partial sums", "tp", micro_batches * forward),
         Traffic("backward: rows and partial sums", "tp", micro_batches * backward),
-        Traffic("gradients of shared rows", "tp", (1 if optimizer.adds_in_place(share) else lanes) * shared_gradient_bytes(share)),
+        Traffic(
+            "gradients of shared rows",
+            "tp",
+            (1 if optimizer.adds_in_place(share) else lanes) * shared_gradient_bytes(share),
+        ),
         Traffic("keys, values and results", "cp", micro_batches * keys),
         Traffic("gradients of keys and values", "cp", micro_batches * num_layers * keys_gradient_bytes(share)),
         Traffic("streams and their gradients", "pp", pipeline_bytes(share, micro_batches)),

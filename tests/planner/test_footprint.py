@@ -12,8 +12,6 @@ from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.engine import Engine
 from engine.kernels.op import cpu_missing
 from engine.model import Transformer
-from engine.optim import AdamW
-from engine.parallel.mesh import Mesh
 from engine.parallel.shards import Placement
 from engine.planner import footprint
 from engine.planner.machine import Machine

@@ -95,9 +95,7 @@ def test_gradients_and_weights_travel_as_planned(
         assert weights == items.get("updated weights", 0), f"rank {rank}"
 
 
-def _sent(
-    config: ModelConfig, parallel: ParallelConfig, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int]:
+def _sent(config: ModelConfig, parallel: ParallelConfig, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Bytes for one lane's gradients, and for the updated weights, counted where they leave."""
     sent = [0]
     all_to_all, isend = dist.all_to_all_single, dist.isend

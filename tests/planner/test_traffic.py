@@ -10,7 +10,7 @@ from engine.config import EngineConfig, ParallelConfig
 from engine.model import Transformer
 from engine.parallel.collectives import all_reduce
 from engine.parallel.tensor import sum_shared_rows
-from engine.planner import footprint, traffic
+from engine.planner import traffic
 from engine.planner.machine import Machine
 from engine.planner.plan import make_plan, world_size
 from tests.planner.fake_ranks import fake_rank, measure
