@@ -11,6 +11,7 @@ _PUBLIC = {
     "EngineConfig": "engine.config",
     "ModelConfig": "engine.config",
     "OptimizerConfig": "engine.config",
+    "ParallelConfig": "engine.config",
     "load_config": "engine.config",
     "SamplingParams": "engine.types",
     "Completion": "engine.types",
@@ -30,13 +31,19 @@ _PUBLIC = {
     "CapacityError": "engine.errors",
     "ExactnessError": "engine.errors",
     "NumericsError": "engine.errors",
+    "ParallelError": "engine.errors",
+    "Mesh": "engine.parallel.mesh",
+    "Ranks": "engine.parallel.ranks",
+    "is_main_rank": "engine.parallel.launch",
+    "report_failure": "engine.parallel.failure",
+    "times_restarted": "engine.parallel.launch",
 }
 
 __all__ = list(_PUBLIC)
 
 if TYPE_CHECKING:
     from engine.chat import ChatTemplate
-    from engine.config import EngineConfig, ModelConfig, OptimizerConfig, load_config
+    from engine.config import EngineConfig, ModelConfig, OptimizerConfig, ParallelConfig, load_config
     from engine.engine import Engine
     from engine.errors import (
         CapacityError,
@@ -46,9 +53,14 @@ if TYPE_CHECKING:
         ExactnessError,
         InputError,
         NumericsError,
+        ParallelError,
     )
     from engine.losses import LossBatch, LossConfig
     from engine.optim import learning_rate
+    from engine.parallel.failure import report_failure
+    from engine.parallel.launch import is_main_rank, times_restarted
+    from engine.parallel.mesh import Mesh
+    from engine.parallel.ranks import Ranks
     from engine.tokenizer import Tokenizer
     from engine.types import Completion, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
 

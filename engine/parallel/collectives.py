@@ -8,6 +8,7 @@ A group of one makes each of them the identity, so callers need no branch on the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import ParallelError
+from engine.parallel.failure import watchdog
 
 T = TypeVar("T")
 ONE_SHOT_BYTES = 1 << 16  # up to here every rank gets every partial sum: one latency instead of two
@@ -53,21 +55,30 @@ class Pending(Generic[T]):
 
     def wait(self) -> T:
         """Raises ParallelError when a rank is gone or late."""
-        with _named(self._what, self._group):
+        with named(self._what, self._group):
             if self._work is not None:
                 self._work.wait()
         return self._finish()
 
 
 @contextmanager
-def _named(what: str, group: Group) -> Iterator[None]:
+def named(what: str, group: Group) -> Iterator[None]:
+    """Around what may wait for other ranks: RuntimeErrors become a ParallelError that names the rank to blame."""
+    dog = watchdog()
+    if dog is not None:
+        outer, dog.call = dog.call, (what, group, time.monotonic())
     try:
         yield
     except RuntimeError as error:
+        if dog is not None:
+            raise dog.explain(what, group, error) from None  # gloo's own words are in it where they tell something
         raise ParallelError(
             f"{what} over the group {group} failed on rank {group.ranks[group.index]}: {str(error).splitlines()[0]}; "
             "another rank has died or is not making the same calls"
         ) from error
+    finally:
+        if dog is not None:
+            dog.call = outer
 
 
 def start_all_to_all(
@@ -87,7 +98,7 @@ def start_all_to_all(
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
     width = x[:1].numel() if x.shape[0] else out[:1].numel()
     sizes = [None if rows_of is None else [n * width for n in rows_of] for rows_of in (receive, send)]
-    with _named("all_to_all", group):
+    with named("all_to_all", group):
         work = dist.all_to_all_single(out.view(-1), x.view(-1), sizes[0], sizes[1], group=group.handle, async_op=True)
     return Pending("all_to_all", group, work, lambda: out, keep=x)
 
@@ -103,7 +114,7 @@ def start_all_gather(x: Tensor, group: Group, what: str = "all_gather") -> Pendi
         return Pending(what, group, None, lambda: x.unsqueeze(0))
     copies = x.detach().unsqueeze(0).expand(group.size, *x.shape).contiguous()
     out = torch.empty_like(copies)
-    with _named(what, group):
+    with named(what, group):
         work = dist.all_to_all_single(out.view(-1), copies.view(-1), group=group.handle, async_op=True)
     return Pending(what, group, work, lambda: out, keep=copies)
 
@@ -171,7 +182,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
     """x of the rank at place `source`, on every rank, in place. Raises ParallelError."""
     if group.size > 1:
-        with _named("broadcast", group):
+        with named("broadcast", group):
             dist.broadcast(x, group.ranks[source], group=group.handle)
     return x
 
@@ -179,7 +190,7 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
 def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
     """Sends x to the rank at place `to`. x must live and stay as it is until `wait`."""
     x = x.detach().contiguous()
-    with _named("send", group):
+    with named("send", group):
         work = dist.isend(x, group.ranks[to], group=group.handle, tag=tag)
     return Pending("send", group, work, lambda: None, keep=x)
 
@@ -189,7 +200,7 @@ def start_receive(
 ) -> Pending[Tensor]:
     """The tensor that the rank at place `source` sends next with this tag."""
     out = torch.empty(shape, dtype=dtype)
-    with _named("receive", group):
+    with named("receive", group):
         work = dist.irecv(out, group.ranks[source], group=group.handle, tag=tag)
     return Pending("receive", group, work, lambda: out)
 
@@ -199,7 +210,7 @@ def all_gather_object(value: T, group: Group) -> list[T]:
     if group.size == 1:
         return [value]
     values: list[Any] = [None] * group.size
-    with _named("all_gather_object", group):
+    with named("all_gather_object", group):
         dist.all_gather_object(values, value, group=group.handle)
     return values
 
@@ -209,7 +220,7 @@ def broadcast_object(value: T, group: Group, source: int) -> T:
     if group.size == 1:
         return value
     box = [value]
-    with _named("broadcast_object", group):
+    with named("broadcast_object", group):
         dist.broadcast_object_list(box, group.ranks[source], group=group.handle)
     return box[0]
 

@@ -7,10 +7,8 @@ pp 1:  r2 r3         pp 1:  r6 r7                        gradients are summed, o
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +22,8 @@ import torch.distributed as dist
 
 from engine.config import ParallelConfig
 from engine.errors import ConfigError, ParallelError
-from engine.parallel.collectives import Group, all_gather
+from engine.parallel.collectives import Group, all_gather, named
+from engine.parallel.launch import connect, world_size
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -132,38 +131,42 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     Raises ConfigError when the mesh does not fit the number of ranks, ParallelError when they cannot connect.
     """
     timeout = timedelta(seconds=config.timeout_seconds)
-    if not dist.is_initialized() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        grid_shape(config, int(os.environ["WORLD_SIZE"]))  # a wrong mesh is refused before anyone waits
-        try:
-            dist.init_process_group("gloo", timeout=timeout)
-        except RuntimeError as error:
-            raise ParallelError(f"the ranks cannot connect ({error}); look at torchrun's rendezvous") from error
-        atexit.register(_leave)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        grid_shape(config, 1)
+    shape = grid_shape(config, world_size())  # a wrong mesh is refused before anyone waits
+    connect(timeout)
+    if world_size() == 1:
         return Mesh.single()
     rank = dist.get_rank()
-    shape = grid_shape(config, dist.get_world_size())
     made: dict[tuple[int, ...], Any] = {}
     mine: dict[str, Group] = {}
     for name in _SPANS:
         for ranks in _partition(name, shape):
             if ranks not in made:  # every rank makes every group, in the same order
-                made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+                with named("new_group", Group(name, ranks)):
+                    made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 mine[name] = Group(name, ranks, ranks.index(rank), made[ranks])
     return Mesh(**mine)
+
+
+def another_group(group: Group, timeout_seconds: float) -> Group:
+    """The same ranks with connections of their own, for a thread beside the one that uses `group`. Every rank of the
+    world calls it at the same point; `close_group` ends it."""
+    if group.size == 1:
+        return group
+    handle = dist.new_group(list(group.ranks), timeout=timedelta(seconds=timeout_seconds))
+    return Group(group.name, group.ranks, group.index, handle)
+
+
+def close_group(group: Group) -> None:
+    """Ends the connections of a group that `another_group` made."""
+    if group.handle is not None and dist.is_initialized():
+        dist.destroy_process_group(group.handle)
 
 
 def fingerprint(*arguments: object) -> int:
     """63 bits that are a function of the arguments' values alone; of what is no plain data, of its type."""
     digest = hashlib.blake2b(msgspec.msgpack.encode(arguments, enc_hook=_plain), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def ranks_on_this_machine() -> int:
-    """How many ranks torchrun started here; they share its cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
 
 
 def _partition(name: str, shape: dict[str, int]) -> list[tuple[int, ...]]:
@@ -202,8 +205,3 @@ def _plain(value: Any) -> object:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -173,6 +173,7 @@ def _work(pipe: Connection, rank: int, size: int, port: int, stack_file: str) ->
         _one_thread()
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        gc.freeze()  # what has been imported stays: collecting after a call looks at the call's objects only
         while True:
             try:
                 call = pipe.recv_bytes()
