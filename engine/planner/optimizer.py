@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
+import torch
+
 from engine.kernels.memory import num_bytes
 from engine.kernels.weight import Weight, storage_shape
+from engine.parallel import ownership
 from engine.parallel.data import in_place
 from engine.parallel.ownership import deal_blocks, row_blocks
 from engine.planner.footprint import FP32, Held, end_weights, layer_weights
@@ -39,49 +42,70 @@ class _Rows:
     owned: bool
 
 
-def blocks(share: Share, weights: list[Held]) -> Blocks:
-    """The blocks of a bucket. Rows of key/value heads that are another rank's to count are never in one block with
-    query rows."""
-    cut = [piece for weight in weights for piece in row_blocks(_parts(share, weight))]
-    sizes = []
-    for block in cut:
-        shape = (block.rows, *block.weight.shape[1:])
-        sizes.append((block.size, num_bytes(storage_shape(shape, share.dtype, block.weight.packed), share.dtype)))
-    return tuple(sizes)
+@dataclass(frozen=True)
+class Buckets:
+    """What decides the deal: a layer's weights and how many layers, the ends, and where blocks are cut."""
+
+    layer: tuple[Held, ...]
+    ends: tuple[Held, ...]
+    num_layers: int
+    query_rows: int
+    keys_counted: bool
+    dtype: torch.dtype
+    tied_apart: bool  # the embedding, or the head, is another stage's too
+    block_elements: int
+
+    def blocks(self, weights: tuple[Held, ...]) -> Blocks:
+        """A bucket's blocks. Rows of key/value heads that are another rank's to count are never in one with queries."""
+        sizes = []
+        for block in (piece for weight in weights for piece in row_blocks(self._parts(weight), self.block_elements)):
+            shape = (block.rows, *block.weight.shape[1:])
+            sizes.append((block.size, num_bytes(storage_shape(shape, self.dtype, block.weight.packed), self.dtype)))
+        return tuple(sizes)
+
+    def all(self) -> tuple[list[Blocks], int | None]:
+        """Every bucket, in the order in which a backward is through with them, and which of them is dealt first
+        because another stage deals it too."""
+        ends = {weight.name: weight for weight in self.ends}
+        found = [self.blocks((ends["head"],))] if "head" in ends else []
+        with_norm = len(found)
+        found += [self.blocks(self.layer)] * self.num_layers
+        if "last norm" in ends:
+            found[with_norm] = self.blocks((*self.layer, ends["last norm"]))
+        if "embedding" in ends:
+            found.append(self.blocks((ends["embedding"],)))
+        first = len(found) - 1 if "embedding" in ends else 0
+        return found, first if self.tied_apart else None
+
+    def _parts(self, held: Held) -> list[_Rows]:
+        weight, rest = cast(Weight, held), held.shape[1:]  # its shape is all that blocks are made of
+        if not held.name.startswith("qkv"):
+            return [_Rows(weight, 0, held.shape, True)]
+        keys = held.shape[0] - self.query_rows
+        return [
+            _Rows(weight, 0, (self.query_rows, *rest), True),
+            _Rows(weight, self.query_rows, (keys, *rest), self.keys_counted),
+        ]
 
 
-def _parts(share: Share, held: Held) -> list[_Rows]:
-    weight, rest = cast(Weight, held), held.shape[1:]  # its shape is all that blocks are made of
-    if not held.name.startswith("qkv"):
-        return [_Rows(weight, 0, held.shape, True)]
-    queries = share.H * share.Dh
-    return [
-        _Rows(weight, 0, (queries, *rest), True),
-        _Rows(weight, queries, (held.shape[0] - queries, *rest), share.heads.owned),
-    ]
-
-
-def buckets(share: Share) -> tuple[list[Blocks], int | None]:
-    """All buckets in the order in which a backward is through with them, and which of them is a tied embedding or head
-    that another stage has too: it is dealt first."""
-    ends = {weight.name: weight for weight in end_weights(share)}
-    layer = layer_weights(share)
-    found = [blocks(share, [ends["head"]])] if "head" in ends else []
-    has_head = len(found)
-    found += [blocks(share, layer)] * share.num_layers
-    if share.is_last:
-        found[has_head] = blocks(share, [*layer, ends["last norm"]])
-    if share.is_first:
-        found.append(blocks(share, [ends["embedding"]]))
+def buckets(share: Share) -> Buckets:
+    """Those of one rank."""
     tied = share.model.tie_word_embeddings and share.mesh.pp.size > 1
-    first = len(found) - 1 if share.is_first else 0
-    return found, first if tied and (share.is_first or share.is_last) else None
+    return Buckets(
+        layer=tuple(layer_weights(share)),
+        ends=tuple(end_weights(share)),
+        num_layers=share.num_layers,
+        query_rows=share.H * share.Dh,
+        keys_counted=share.heads.owned,
+        dtype=share.dtype,
+        tied_apart=tied and (share.is_first or share.is_last),
+        block_elements=ownership.BLOCK_ELEMENTS,
+    )
 
 
 def owned_by_each(share: Share) -> tuple[Owned, ...]:
     """What each of the dp x cp ranks that hold these weights steps."""
-    found, tied = buckets(share)
-    return _deal(tuple(found), tied, share.mesh.data.size)
+    return _deal(buckets(share), share.mesh.data.size)
 
 
 def owned(share: Share) -> Owned:
@@ -89,15 +113,16 @@ def owned(share: Share) -> Owned:
     return owned_by_each(share)[share.mesh.data.index]
 
 
-@lru_cache
-def _deal(found: tuple[Blocks, ...], tied: int | None, num_ranks: int) -> tuple[Owned, ...]:
+@lru_cache(maxsize=4096)
+def _deal(buckets: Buckets, num_ranks: int) -> tuple[Owned, ...]:
+    found, first = buckets.all()
     loads, weight_bytes, tied_elements = [0] * num_ranks, [0] * num_ranks, [0] * num_ranks
-    for index in sorted(range(len(found)), key=lambda i: (i != tied, i)):
+    for index in sorted(range(len(found)), key=lambda i: (i != first, i)):
         owners = deal_blocks([elements for elements, _ in found[index]], loads)
         for owner, (elements, nbytes) in zip(owners, found[index], strict=True):
             loads[owner] += elements
             weight_bytes[owner] += nbytes
-            tied_elements[owner] += elements if index == tied else 0
+            tied_elements[owner] += elements if index == first else 0
     return tuple(Owned(*each) for each in zip(loads, weight_bytes, tied_elements, strict=True))
 
 
@@ -127,5 +152,5 @@ def exchange_bytes(share: Share) -> int:
     comes of this rank's rows from all lanes of a round; none where nothing is exchanged."""
     if adds_in_place(share):
         return 0
-    found, _ = buckets(share)
-    return 2 * FP32 * max(sum(elements for elements, _ in bucket) for bucket in found)
+    of_layers = sum(weight.num_elements for weight in layer_weights(share))
+    return 2 * FP32 * max(of_layers, *(weight.num_elements for weight in end_weights(share)), 0)

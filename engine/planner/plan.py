@@ -75,7 +75,9 @@ class Plan:
     @property
     def kv_tokens(self) -> int | None:
         """The most tokens of a KV pool: what fits on the stage with the least room."""
-        return pool_tokens(self.stages, self.machine, self.config) if self.machine.memory_gb else None
+        if not self.machine.memory_gb:
+            return None
+        return min(rank.kv_tokens(self.machine.memory_bytes, self.config.page_size) for rank in self.stages)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -89,11 +91,6 @@ class Plan:
             return None
         peak = self.machine.peak_tflops * 1e12 * self.world_size
         return self.tokens_per_second * model_flops(self.model, self.sequence_tokens) / peak
-
-
-def pool_tokens(stages: list[RankPlan], machine: Machine, config: EngineConfig) -> int:
-    """Tokens of the largest KV pool: every stage keeps its layers' keys and values of each, so the fullest decides."""
-    return min(rank.kv_tokens(machine.memory_bytes, config.page_size) for rank in stages)
 
 
 def parse_mesh(text: str, **more: Any) -> ParallelConfig:
@@ -119,9 +116,9 @@ def parse_mesh(text: str, **more: Any) -> ParallelConfig:
 
 
 def describe(parallel: ParallelConfig) -> str:
-    """The axes with more than one rank: dp 8 x pp 3 x tp 8."""
+    """The axes with more than one rank, as `parse_mesh` reads them: dp=8,pp=3,tp=8."""
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "dp=1"
 
 
 def world_size(parallel: ParallelConfig) -> int:
