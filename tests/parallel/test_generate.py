@@ -248,3 +248,16 @@ def too_many() -> str:
     with pytest.raises(InputError) as caught:
         engine.generate([[1, 2]], SamplingParams(logprobs=64))
     return str(caught.value)
+
+
+def of_mesh(parallel: ParallelConfig) -> list[Any]:
+    engine = make(parallel)
+    results = plain(engine.generate(PROMPTS, PARAMS))
+    engine.close()
+    return results
+
+
+def test_a_pipeline_of_tensor_parallel_stages_samples_what_one_such_stage_does(pool2: Pool, pool4: Pool) -> None:
+    alone = pool2.run(of_mesh, ParallelConfig(tp=2))
+    staged = pool4.run(of_mesh, ParallelConfig(pp=2, tp=2))
+    assert staged == [alone[0]] * 4
