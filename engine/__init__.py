@@ -32,6 +32,9 @@ _PUBLIC = {
     "ExactnessError": "engine.errors",
     "NumericsError": "engine.errors",
     "ParallelError": "engine.errors",
+    "Mesh": "engine.parallel.mesh",
+    "Ranks": "engine.parallel.ranks",
+    "is_main_rank": "engine.parallel.launch",
     "report_failure": "engine.parallel.failure",
     "times_restarted": "engine.parallel.launch",
 }
@@ -55,7 +58,9 @@ if TYPE_CHECKING:
     from engine.losses import LossBatch, LossConfig
     from engine.optim import learning_rate
     from engine.parallel.failure import report_failure
-    from engine.parallel.launch import times_restarted
+    from engine.parallel.launch import is_main_rank, times_restarted
+    from engine.parallel.mesh import Mesh
+    from engine.parallel.ranks import Ranks
     from engine.tokenizer import Tokenizer
     from engine.types import Completion, Sample, SamplingParams, StepStats, StreamEvent, TrainStats
 

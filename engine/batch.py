@@ -58,8 +58,4 @@ class TokenBatch:
         if context is not None and context.size > 1:
             shard = ContextShard(context, deal_rows(lengths, context.size), lengths)
             return cls(tokens[shard.rows], shard.plan, scattered=scattered, context=shard)
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
-        plan = AttentionPlan()
-        plan.build(cu_seqlens, cu_seqlens.diff(), positions=positions)
-        return cls(tokens, plan, scattered=scattered)
+        return cls(tokens, AttentionPlan.of_sequences(lengths), scattered=scattered)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.atomic import recover
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CapacityError, EngineError, InputError
@@ -20,6 +21,7 @@ from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
 from engine.parallel.launch import ranks_on_this_machine
 from engine.parallel.mesh import Mesh, make_mesh
+from engine.parallel.ranks import Ranks
 from engine.parallel.shards import Placement
 from engine.sampler.output import Stream
 from engine.sampler.sampler import Sampler
@@ -165,6 +167,12 @@ class Engine:
         """All that training needs to go on bit for bit, with `extra` beside it. Atomic. Raises CheckpointError."""
         save_state(path, self.trainer, extra or {})
 
+    @staticmethod
+    def has_state(path: str | Path) -> bool:
+        """Whether there is a complete state at `path` for `load_state`. One rank asks at a time."""
+        recover(path)
+        return (Path(path) / "state.json").exists()
+
     def load_state(self, path: str | Path) -> dict[str, Any]:
         """Restores what `save_state` wrote; returns its `extra`. Raises CheckpointError."""
         extra = load_state(path, self.trainer)
@@ -173,6 +181,11 @@ class Engine:
         return extra
 
     # ---- looking ----
+
+    @property
+    def ranks(self) -> Ranks:
+        """All ranks, for a program that has to tell them something."""
+        return Ranks(self.mesh.world)
 
     @property
     def weight_version(self) -> int:

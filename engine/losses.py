@@ -298,7 +298,7 @@ class LossMetrics:
     """Means and maxima over the loss tokens of a whole call, gathered micro-batch by micro-batch."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
+        self._sums: dict[str, list[tuple[float, int]]] = {}  # of each micro-batch: the sum and its number of terms
         self._maxima: dict[str, float] = {}
 
     @torch.no_grad()
@@ -319,9 +319,21 @@ class LossMetrics:
             self._add("kl_ref", kl_divergence(logprobs[given], batch.ref_logprobs[given], "k3"))
 
     def _add(self, name: str, values: Tensor) -> None:
-        total, count = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (total + float(values.sum(dtype=torch.float64)), count + values.numel())
+        self._sums.setdefault(name, []).append((float(values.sum(dtype=torch.float64)), values.numel()))
+
+    def merge(self, other: LossMetrics) -> None:
+        """Adds what another one has gathered, over other micro-batches of the same call."""
+        for name, sums in other._sums.items():
+            self._sums.setdefault(name, []).extend(sums)
+        for name, value in other._maxima.items():
+            self._maxima[name] = max(self._maxima.get(name, value), value)
 
     def result(self) -> dict[str, float]:
-        """entropy, clip_fraction, ratio_mean, ratio_max, kl_old and kl_ref, as far as there is something to say."""
-        return {name: total / count for name, (total, count) in self._sums.items()} | self._maxima
+        """entropy, clip_fraction, ratio_mean, ratio_max, kl_old and kl_ref, as far as there is something to say.
+
+        Sums of micro-batches are added up correctly rounded, so who ran which does not show."""
+        means = {
+            name: math.fsum(total for total, _ in sums) / sum(count for _, count in sums)
+            for name, sums in self._sums.items()
+        }
+        return means | self._maxima

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope import rope_table
 from engine.kernels.weight import Weight
 from engine.layers import Layer, matrix, vector
+from engine.parallel.data import tell_backward
 from engine.parallel.shards import Placement, layer_chunks, row_shard
 from engine.parallel.tensor import all_rows, vocabulary_embedding
 from engine.parallel.vocabulary import vocabulary_logprob
@@ -62,6 +65,7 @@ class Transformer:
         self.dtype = dtype
         self.mesh = mesh
         self.checkpointing = False  # recompute each layer in the backward instead of keeping its activations
+        self.backward_passed: Callable[[int], None] | None = None  # called with the number of a gradient bucket
         ranges = layer_chunks(config.num_hidden_layers, mesh.pp.size, placement.chunks_per_stage, mesh.pp.index)
         self.layers: list[Layer] = []
         self.chunks: list[Chunk] = []
@@ -91,6 +95,11 @@ class Transformer:
     def has_last(self) -> bool:
         """Whether the last norm and the head are on this rank."""
         return self.chunks[-1].last
+
+    @property
+    def _has_head_bucket(self) -> bool:
+        """Whether the head is a weight of its own: a tied one is the embedding."""
+        return self.has_last and not (self.has_first and self.head is self.embed)
 
     @property
     def recordable(self) -> bool:
@@ -126,12 +135,21 @@ class Transformer:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each target and entropy of its distribution: [N, D], int32 [N] -> [N], [N]; the same on
         every tensor-parallel rank. See `kernels.token_logprob`."""
+        if self._has_head_bucket:
+            (hidden,) = self._told(0, hidden)
         return vocabulary_logprob(hidden, self.head, targets, inv_temperature, self.vocabulary.first, self.mesh.tp)
 
     def _run(self, layer: Layer, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        x, delta = self._told(self._has_head_bucket + len(self.layers) - 1 - layer.place, x, delta)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, x, delta, batch, use_reentrant=False, preserve_rng_state=False)
         return layer(x, delta, batch)
+
+    def _told(self, bucket: int, *tensors: Any) -> Any:
+        """The tensors, with a note in the graph: a backward that has come back to them is through with the bucket."""
+        if self.backward_passed is None or not torch.is_grad_enabled():
+            return tensors
+        return tell_backward(partial(self.backward_passed, bucket), *tensors)
 
     def parts(self) -> list[Part]:
         """Every tensor of the checkpoint that this rank holds a region of, in the checkpoint's order."""
@@ -140,6 +158,26 @@ class Transformer:
     def weights(self) -> list[Weight]:
         """Each weight of this rank once, in a fixed order."""
         return list({id(part.weight): part.weight for part in self.parts()}.values())
+
+    def gradient_buckets(self) -> list[list[Weight]]:
+        """Each weight of this rank once, in the order in which a backward is through with them: the head, layers from
+        the last one (with the last norm) to the first, the embedding. `backward_passed` counts in this order."""
+        buckets = [[self.head]] if self._has_head_bucket else []
+        for layer in reversed(self.layers):
+            parts = layer_parts(layer, self.config, first=True)
+            buckets.append(list({id(part.weight): part.weight for part in parts}.values()))
+        if self.has_last:
+            buckets[self._has_head_bucket].append(self.norm)
+        if self.has_first:
+            buckets.append([self.embed])
+        return buckets
+
+    @property
+    def tied_weight(self) -> Weight | None:
+        """The weight that the first and the last stage of a pipeline hold alike, on these stages."""
+        if not self.config.tie_word_embeddings or self.mesh.pp.size == 1:
+            return None
+        return self.embed if self.has_first else self.head if self.has_last else None
 
     def partial_gradients(self) -> list[PartialGradient]:
         """What is left to be summed over tensor-parallel ranks when a backward is through, in a fixed order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from engine.kernels.adamw import adamw_, squared_norm
 from engine.kernels.dtypes import wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.weight import Weight
+from engine.parallel.collectives import all_gather_object
+from engine.parallel.ownership import Shares
 
 SCHEDULES = ("constant", "cosine")
 
@@ -46,7 +49,7 @@ def learning_rate(
 
 @dataclass
 class Moments:
-    """What AdamW keeps of one weight: fp32 (float64 for float64), dense, in the weight's own shape."""
+    """What AdamW keeps of one block of rows: fp32 (float64 for float64), dense, in the block's own shape."""
 
     master: Tensor
     exp_avg: Tensor
@@ -54,18 +57,24 @@ class Moments:
 
 
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101) with fp32 master weights.
+    """Decoupled weight decay (arXiv 1711.05101) with fp32 master weights, of the rows that this rank steps.
 
-    `state` is made at the first step, so an engine that only samples pays nothing for it. `interrupted` is True when a
-    step was broken off between two weights: nothing can be made of that state but to load an earlier one.
+    `state` is made at the first step, so an engine that only samples pays nothing for it; its keys are the names of
+    `weights`. `interrupted` is True when a step was broken off between two weights: nothing can be made of that state
+    but to load an earlier one. Every rank makes the same calls.
     """
 
-    def __init__(self, weights: list[Weight], config: OptimizerConfig) -> None:
-        self.weights = weights
+    def __init__(self, shares: Shares, config: OptimizerConfig) -> None:
+        self.shares = shares
         self.config = config
         self.steps = 0
         self.state: dict[str, Moments] = {}
         self.interrupted = False
+
+    @property
+    def weights(self) -> list[Weight]:
+        """This rank's blocks of rows, as weights that share the model's storage."""
+        return self.shares.own
 
     def allocate(self) -> None:
         """Masters from the compute weights, moments at zero; does nothing when they are there already."""
@@ -83,44 +92,69 @@ class AdamW:
             weight.zero_grad()
 
     def step(self, rate: float) -> float:
-        """Clips the gradients, steps, writes the compute weights in place, zeroes the gradients.
+        """Clips the gradients, steps, writes the compute weights in place on every rank, zeroes the gradients.
 
-        Returns the norm before clipping. The squares are summed in float64 weight by weight in a fixed order, so the
-        norm has the same bits in every run. Raises InputError for a rate that is negative or not finite, and
-        NumericsError when the norm is not finite: the step is then not taken and the gradients are dropped.
+        Returns the norm before clipping. Squares are summed in float64 within fixed blocks of rows, and the blocks'
+        sums are added up correctly rounded, so the norm has the same bits whoever holds which block. Raises InputError
+        for a rate that is negative or not finite, and NumericsError, on every rank, when the norm is not finite: the
+        step is then not taken and the gradients are dropped. Raises ParallelError.
         """
         if not (math.isfinite(rate) and rate >= 0.0):
             raise InputError(f"the learning rate is {rate}; it must be finite and 0 or more")
-        norms = [squared_norm(weight.grad_buffer()) for weight in self.weights]
-        norm = math.sqrt(sum(norms)) if math.isfinite(sum(norms)) else math.nan
-        if math.isnan(norm):
-            culprits = [w.name for w, n in zip(self.weights, norms, strict=True) if not math.isfinite(n)]
-            self.zero_grad()
-            raise NumericsError(
-                f"the gradients of {len(culprits)} of {len(self.weights)} weights are not finite, the first being "
-                f"{culprits[0] if culprits else 'none, only their sum'}; the step was not taken and the gradients were "
-                "dropped: lower the learning rate, or look for infinite advantages or log-probabilities"
-            )
+        norm = self._norm()
         limit = self.config.max_grad_norm
         scale = limit / norm if 0.0 < limit < norm else 1.0
         self.allocate()
         self.interrupted = True
-        for weight in self.weights:
-            moments = self.state[weight.name]
-            adamw_(
-                weight,
-                moments.master,
-                moments.exp_avg,
-                moments.exp_avg_sq,
-                learning_rate=rate,
-                beta1=self.config.beta1,
-                beta2=self.config.beta2,
-                eps=self.config.eps,
-                weight_decay=self.config.weight_decay if weight.decay else 0.0,
-                step=self.steps + 1,
-                grad_scale=scale,
-            )
+        publishing = []
+        for bucket in self.shares.buckets:
+            for weight in bucket.own:
+                self._step(weight, rate, scale)
+            publishing.append(self.shares.start_publishing(bucket))
+        for finish in publishing:
+            finish()
         self.steps += 1
         self.interrupted = False
         self.zero_grad()
         return norm
+
+    def _norm(self) -> float:
+        """The norm of the whole gradient, the same on every rank."""
+        counted = [weight for weight in self.weights if self.shares.is_counted(weight)]
+        squares = [squared_norm(weight.grad_buffer()) for weight in counted]
+        culprits = [w.name for w, square in zip(counted, squares, strict=True) if not math.isfinite(square)]
+        everyone = all_gather_object((squares, culprits), self.shares.world)
+        culprits = [name for _, names in everyone for name in names]
+        total = math.inf if culprits else _sum(square for squares, _ in everyone for square in squares)
+        if math.isfinite(total):
+            return math.sqrt(total)
+        self.zero_grad()
+        raise NumericsError(
+            f"the gradients of {len(culprits)} of {sum(len(squares) for squares, _ in everyone)} blocks of weights "
+            f"are not finite, the first being {culprits[0] if culprits else 'none, only their sum'}; the step was not "
+            "taken and the gradients were dropped: lower the learning rate, or look for infinite advantages or "
+            "log-probabilities"
+        )
+
+    def _step(self, weight: Weight, rate: float, scale: float) -> None:
+        moments, config = self.state[weight.name], self.config
+        adamw_(
+            weight,
+            moments.master,
+            moments.exp_avg,
+            moments.exp_avg_sq,
+            learning_rate=rate,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay if weight.decay else 0.0,
+            step=self.steps + 1,
+            grad_scale=scale,
+        )
+
+
+def _sum(values: Iterable[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf

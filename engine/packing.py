@@ -53,6 +53,20 @@ def pack(lengths: Sequence[int], capacity: int) -> Packing:
     return Packing(bins, sum(lengths), capacity, room)
 
 
+def pack_at_least(lengths: Sequence[int], capacity: int, least: int) -> Packing:
+    """`pack` with a capacity of at most `capacity` that makes `least` bins, or as many as there are samples.
+
+    The capacity is made smaller only where it must be, first to an even share of the tokens. Raises InputError.
+    """
+    packing = pack(lengths, capacity)
+    wanted = min(least, len(lengths))
+    smaller = min(capacity, -(-packing.num_tokens // max(1, wanted)))
+    while len(packing.bins) < wanted:  # at a capacity of 1 every sample has a bin of its own
+        packing = pack(lengths, smaller)
+        smaller = max(1, smaller * 7 // 8)
+    return packing
+
+
 def _first_fit(runs: list[tuple[int, list[int]]], capacity: int) -> list[list[int]]:
     """Bins for samples given as runs of equal length, longest run first; every length fits a bin."""
     tokens = sum(length * len(members) for length, members in runs)

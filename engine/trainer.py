@@ -1,30 +1,35 @@
-"""Gradient steps on the weights that the sampler reads: samples to micro-batches to one forward and one backward each.
+"""Gradient steps on the weights that the sampler reads: samples to lanes, lanes to micro-batches, and one forward and
+one backward for each of these.
 
 # T tokens of a micro-batch, N loss tokens of it, L tokens of a sample
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.batch import TokenBatch
 from engine.config import EngineConfig
-from engine.errors import EngineError, InputError, NumericsError
+from engine.errors import EngineError, InputError, NumericsError, ParallelError
 from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
-from engine.kernels.token_logprob import inverse_temperature
 from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
 from engine.model import Transformer
 from engine.optim import AdamW
-from engine.packing import pack
+from engine.packing import Packing, pack_at_least
+from engine.parallel.collectives import all_gather_object, start_all_gather_pieces
 from engine.parallel.context import choose_rows
+from engine.parallel.data import GradientReducer, in_place
+from engine.parallel.lanes import deal, rounds, sequence_cost
+from engine.parallel.ownership import Shares, row_blocks
+from engine.targets import Target, inverse_of, make_target, temperatures, token_ids
 from engine.types import Sample, StepStats, TrainStats
 
 
@@ -44,22 +49,9 @@ def _torch_on_one_thread() -> Iterator[None]:
 
 
 @dataclass
-class _Target:
-    """The loss tokens of one sample: what they are, which rows predict them, what the loss wants to know of them."""
-
-    sample: Sample
-    inputs: list[int]  # the tokens up to the last row that predicts a loss token; later ones cannot matter to the loss
-    positions: Tensor  # [N] int64: index of each loss token; row positions - 1 predicts it
-    tokens: Tensor  # [N] int32
-    advantages: Tensor  # [N] float32, or float64 with such a model
-    old_logprobs: Tensor  # [N] likewise, NaN where not given
-    ref_logprobs: Tensor  # [N] likewise, NaN where not given
-    inv_temperature: float
-
-
-@dataclass
 class _Totals:
-    """What one `forward_backward` gathers over its micro-batches."""
+    """What one `forward_backward` gathers over its micro-batches. The two counts are of the whole call, the rest is of
+    what ran here until `merge` brings the other replicas'."""
 
     num_loss_tokens: int
     num_loss_samples: int
@@ -67,65 +59,117 @@ class _Totals:
     losses: list[float]
     max_difference: float | None = None
 
+    def saw(self, difference: float | None) -> None:
+        """Of differences to old log-probabilities, the largest counts."""
+        if difference is not None:
+            self.max_difference = max(self.max_difference or 0.0, difference)
+
+    def merge(self, other: _Totals) -> None:
+        self.metrics.merge(other.metrics)
+        self.losses += other.losses
+        self.saw(other.max_difference)
+
+
+@dataclass
+class _Lane:
+    """Samples whose gradients are summed by themselves before they join the others."""
+
+    members: list[int]  # sample indices
+    packing: Packing  # its bins hold indices into `members`
+
+    def micro_batches(self, targets: list[Target]) -> list[list[Target]]:
+        return [[targets[self.members[i]] for i in members] for members in self.packing.bins]
+
 
 class Trainer:
     """Accumulates gradients over any number of `forward_backward`, then steps them with `optim_step`.
 
-    The model's weights are the sampler's own: the step writes them in place and raises `weight_version`.
+    The model's weights are the sampler's own: the step writes them in place and raises `weight_version`. Samples are
+    dealt to `gradient_lanes` lanes, and these to the data-parallel replicas; every rank makes the same calls and gets
+    the whole result.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
         self.config = config
         self.dtype = wide_dtype(model.dtype)  # of log-probabilities, losses and what they are computed from
-        self.optimizer = AdamW(model.weights(), config.optimizer)
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
         model.checkpointing = config.activation_checkpointing
+        self._lanes = config.parallel.gradient_lanes or model.mesh.dp.size
+        self.reducer = self._reducer()
+        self.optimizer = AdamW(self.reducer.shares, config.optimizer)
+
+    @property
+    def gradient_lanes(self) -> int:
+        """In how many lanes a gradient is summed. Lanes, not ranks, decide its bits, so a run that goes on with another
+        number of replicas keeps them. Setting it raises EngineError while a gradient has been accumulated."""
+        return self._lanes
+
+    @gradient_lanes.setter
+    def gradient_lanes(self, lanes: int) -> None:
+        if lanes < 1:
+            raise InputError(f"gradient_lanes is {lanes}; it must be at least 1")
+        if self.num_accumulated:
+            raise EngineError("gradient_lanes cannot change between forward_backward and optim_step; step first")
+        self._lanes = lanes
+        self.reducer = self._reducer()
+        self.optimizer.shares = self.reducer.shares
+
+    def _reducer(self) -> GradientReducer:
+        model, mesh, lanes = self.model, self.model.mesh, self._lanes
+        blocks, groups, tied = row_blocks(model.parts()), model.gradient_buckets(), model.tied_weight
+        shares = Shares(blocks, groups, mesh, in_place(mesh, lanes), tied)
+        reducer = GradientReducer(shares, mesh, lanes, model.partial_gradients(), tied)
+        model.backward_passed = None if reducer.in_place else reducer.backward_passed
+        return reducer
 
     @_torch_on_one_thread()
     def forward_backward(self, samples: Sequence[Sample], loss: str | LossConfig | LossFunction) -> TrainStats:
         """Adds the gradient of the loss over all samples to what has been accumulated.
 
         The loss of every token is scaled by counts over all samples of the call, so the gradient does not depend on
-        how they were packed into micro-batches. Token i of a sample is predicted by row i - 1. `TrainStats.logprobs`
+        how they were dealt to lanes and packed into micro-batches, but for rounding, which depends on these alone and
+        not on the number of ranks. Token i of a sample is predicted by row i - 1. `TrainStats.logprobs`
         holds, per sample, [L - 1] float32 on the CPU: entry i - 1 is log p(token i) at the sample's temperature where
         loss_mask[i] is 1, and NaN where it is 0. Samples without a loss token do not run.
 
         Raises InputError, ConfigError: nothing has run, what was accumulated stays. Raises NumericsError for a loss
         that is not finite; then, and after an interrupt or an error in a loss of one's own, gradients accumulated so
-        far are dropped.
+        far are dropped. What one replica raises, all raise; ParallelError for what is no EngineError.
         """
         ready = Loss(loss)
         if not samples:
             raise InputError("forward_backward got no samples; pass at least one")
-        targets = [self._target(index, sample, ready) for index, sample in enumerate(samples)]
+        targets = [
+            make_target(index, sample, ready, self.model.config, self.dtype) for index, sample in enumerate(samples)
+        ]
         chosen = [index for index, target in enumerate(targets) if len(target.positions)]
         if not chosen:
             raise InputError(
                 f"none of the {len(samples)} samples has a token with loss_mask 1; there is nothing to train"
             )
         totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
-        packing = pack([len(targets[i].inputs) for i in chosen], self.config.train_batch_tokens)
+        lanes = self._deal(targets, chosen)
         logprobs = [torch.full((len(sample.tokens) - 1,), math.nan, dtype=self.dtype) for sample in samples]
         try:
-            for members in packing.bins:
-                batch = [chosen[i] for i in members]
-                values = self._micro_batch([targets[i] for i in batch], ready, totals)
-                for index, value in zip(batch, values, strict=True):
-                    logprobs[index][targets[index].positions - 1] = value
+            for index, value in self._run_lanes(lanes, targets, ready, totals):
+                logprobs[index][targets[index].positions - 1] = value
         except BaseException:
             self.zero_grad()
             raise
         self.num_accumulated += 1
+        packings = [lane.packing for lane in lanes]
+        num_tokens = sum(packing.num_tokens for packing in packings)
         metrics = totals.metrics.result()
-        metrics |= {"micro_batches": float(len(packing.bins)), "packing_fill": packing.fill}
+        metrics["micro_batches"] = float(sum(len(packing.bins) for packing in packings))
+        metrics["packing_fill"] = num_tokens / sum(packing.room for packing in packings)
         versions = [sample.weight_version for sample in samples if sample.weight_version is not None]
         if versions:
             metrics["max_staleness"] = float(self.weight_version - min(versions))
         return TrainStats(
             loss=math.fsum(totals.losses),  # correctly rounded: the order of samples does not show
-            num_tokens=packing.num_tokens,
+            num_tokens=num_tokens,
             num_loss_tokens=totals.num_loss_tokens,
             max_abs_logprob_difference=totals.max_difference,
             metrics=metrics,
@@ -154,7 +198,7 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Drops what has been accumulated."""
-        self.optimizer.zero_grad()
+        self.reducer.reset()
         self.num_accumulated = 0
 
     @_torch_on_one_thread()
@@ -164,29 +208,117 @@ class Trainer:
 
         Raises InputError.
         """
-        inverse = _inverse(temperature, "score")
+        inverse = inverse_of(temperature, "score")
         for index, tokens in enumerate(sequences):
-            self._token_ids(f"sequence {index}", tokens)
-        scored = [torch.empty(0, dtype=self.dtype)] * len(sequences)
+            token_ids(f"sequence {index}", tokens, self.model.config)
+        dp = self.model.mesh.dp
+        empty = torch.empty(0, dtype=self.dtype)
+        scored = [empty] * len(sequences)
         chosen = [index for index, tokens in enumerate(sequences) if len(tokens) > 1]
-        packing = pack([len(sequences[i]) - 1 for i in chosen], self.config.train_batch_tokens)
-        for members in packing.bins:
-            batch = [sequences[chosen[i]] for i in members]
-            targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
-            inputs, heat = [tokens[:-1] for tokens in batch], _temperatures([inverse], [len(targets)])
-            logprobs, _ = self._predictions(inputs, torch.arange(len(targets)), targets, heat)
-            pieces = logprobs.split([len(tokens) - 1 for tokens in batch])
-            for i, piece in zip(members, pieces, strict=True):
-                scored[chosen[i]] = piece.clone()
+        lengths = [len(sequences[i]) - 1 for i in chosen]
+        shares = self._lanes_of(lengths, dp.size)
+        mine = shares[dp.index]
+        batches = [[sequences[chosen[mine.members[i]]] for i in members] for members in mine.packing.bins]
+        here = [empty] * len(mine.members)
+        for members, values in zip(mine.packing.bins, self._score_batches(batches, inverse), strict=True):
+            for i, value in zip(members, values, strict=True):
+                here[i] = value
+        sizes = [share.packing.num_tokens for share in shares]
+        everyone = start_all_gather_pieces(torch.cat([empty, *here]), dp, sizes).wait()
+        order = [i for share in shares for i in share.members]
+        for i, value in zip(order, everyone.split([lengths[i] for i in order]), strict=True):
+            scored[chosen[i]] = value.clone()
         return scored
 
-    def _micro_batch(self, targets: list[_Target], loss: Loss, totals: _Totals) -> list[Tensor]:
+    def _deal(self, targets: list[Target], chosen: list[int]) -> list[_Lane]:
+        """Every lane of a call: the same on every rank, and on any number of them."""
+        lanes = self._lanes_of([len(targets[i].inputs) for i in chosen], self.gradient_lanes)
+        return [_Lane([chosen[i] for i in lane.members], lane.packing) for lane in lanes]
+
+    def _lanes_of(self, lengths: list[int], num_lanes: int) -> list[_Lane]:
+        width, least = self.model.config.hidden_size, self.config.parallel.least_micro_batches
+        lanes = []
+        for members in deal([sequence_cost(length, width) for length in lengths], num_lanes):
+            packing = pack_at_least([lengths[i] for i in members], self.config.train_batch_tokens, least)
+            lanes.append(_Lane(members, packing))
+        return lanes
+
+    def _run_lanes(
+        self, lanes: list[_Lane], targets: list[Target], loss: Loss, totals: _Totals
+    ) -> list[tuple[int, Tensor]]:
+        """Runs this replica's lanes in their rounds and puts all gradients into the sum; what every replica saw is in
+        `totals` then. Returns index and log-probabilities of each sample. A replica that fails goes on sending what
+        the others wait for, and all raise when they have told each other."""
+        dp, reducer = self.model.mesh.dp, self.reducer
+        seen: list[Tensor] = []
+        failure: Exception | None = None
+        reducer.begin()
+        for now in rounds(len(lanes), dp.size):
+            here = lanes[now[dp.index]] if dp.index < len(now) else None
+            live = [i < len(now) and bool(lanes[now[i]].members) for i in range(dp.size)]
+            batches = here.micro_batches(targets) if here else []
+            reducer.begin_lane(len(batches), live)
+            if here and failure is None:
+                try:
+                    values = self._run_lane(batches, loss, totals)
+                    by_member = dict(zip(itertools.chain(*here.packing.bins), itertools.chain(*values), strict=True))
+                    seen += [by_member[i] for i in range(len(here.members))]
+                except Exception as error:
+                    failure = error
+            reducer.finish_lane()
+        reducer.finish()
+        return self._exchange(lanes, targets, totals, seen, failure)
+
+    def _run_lane(self, batches: list[list[Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
+        """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch."""
+        return [self._micro_batch(batch, loss, totals) for batch in batches]
+
+    def _exchange(
+        self,
+        lanes: list[_Lane],
+        targets: list[Target],
+        totals: _Totals,
+        seen: list[Tensor],
+        failure: Exception | None,
+    ) -> list[tuple[int, Tensor]]:
+        """Tells the other replicas what was seen here, and learns what they saw: see `_run_lanes`."""
+        dp = self.model.mesh.dp
+        outcome = (
+            totals,
+            torch.cat([torch.empty(0, dtype=self.dtype), *seen]),
+            failure and _described(failure, dp.index),
+        )
+        found: list[tuple[int, Tensor]] = []
+        outcomes = all_gather_object(outcome, dp)
+        if failure is not None:
+            raise failure
+        for _, _, other in outcomes:
+            if other is not None:
+                raise other
+        for replica, (theirs, logprobs, _) in enumerate(outcomes):
+            if replica != dp.index:
+                totals.merge(theirs)
+            indices = [i for lane in lanes[replica :: dp.size] for i in lane.members]
+            found += zip(indices, logprobs.split([len(targets[i].positions) for i in indices]), strict=True)
+        return found
+
+    def _score_batches(self, batches: list[list[list[int]]], inverse: float) -> list[list[Tensor]]:
+        """The log-probabilities of each sequence of each micro-batch."""
+        scored = []
+        for batch in batches:
+            targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
+            inputs, heat = [tokens[:-1] for tokens in batch], temperatures([inverse], [len(targets)])
+            logprobs, _ = self._predictions(inputs, torch.arange(len(targets)), targets, heat)
+            scored.append(list(logprobs.split([len(tokens) - 1 for tokens in batch])))
+        return scored
+
+    def _micro_batch(self, targets: list[Target], loss: Loss, totals: _Totals) -> list[Tensor]:
         """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
         counts = [len(target.positions) for target in targets]
         with torch.inference_mode(False), torch.enable_grad():
             starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
             rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
-            inverse = _temperatures([target.inv_temperature for target in targets], counts)
+            inverse = temperatures([target.inv_temperature for target in targets], counts)
             tokens = torch.cat([target.tokens for target in targets])
             logprobs, entropy = self._predictions([target.inputs for target in targets], rows, tokens, inverse)
             batch = LossBatch(
@@ -211,8 +343,7 @@ class Trainer:
         totals.metrics.add(batch, cut)
         difference = (logprobs.detach() - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
-        if len(difference):
-            totals.max_difference = max(totals.max_difference or 0.0, float(difference.max()))
+        totals.saw(float(difference.max()) if len(difference) else None)
         return list(logprobs.detach().split(counts))
 
     def _predictions(
@@ -226,98 +357,13 @@ class Trainer:
         inverse = None if inverse is None else inverse[choice.mine]
         return choice.whole(*model.token_logprob(hidden, tokens[choice.mine], inverse))
 
-    def _target(self, index: int, sample: Sample, loss: Loss) -> _Target:
-        where = f"sample {index}"
-        tokens = self._token_ids(where, sample.tokens)
-        length = len(tokens)
-        mask = _vector(where, "loss_mask", sample.loss_mask, length)
-        if not ((mask == 0) | (mask == 1)).all():
-            raise InputError(f"{where}: loss_mask holds values other than 0 and 1; put weights into advantages")
-        if mask[0]:
-            raise InputError(f"{where}: loss_mask[0] is 1, but nothing predicts the first token; it must be 0")
-        positions = mask.nonzero().flatten()
-        if isinstance(sample.advantages, int | float):
-            advantages = torch.full((len(positions),), float(sample.advantages), dtype=self.dtype)
-        else:
-            advantages = _vector(where, "advantages", sample.advantages, length, self.dtype)[positions]
-        _finite(where, "advantages", advantages, positions)
-        rest = (positions, length, self.dtype, loss)
-        old = _logprobs(where, "old_logprobs", sample.old_logprobs, *rest, needed=loss.needs_old_logprobs)
-        ref = _logprobs(where, "ref_logprobs", sample.ref_logprobs, *rest, needed=loss.needs_ref_logprobs)
-        return _Target(
-            sample=sample,
-            inputs=sample.tokens[: int(positions[-1])] if len(positions) else [],
-            positions=positions,
-            tokens=tokens[positions].int(),
-            advantages=advantages,
-            old_logprobs=old,
-            ref_logprobs=ref,
-            inv_temperature=_inverse(sample.temperature, where),
-        )
 
-    def _token_ids(self, where: str, tokens: list[int]) -> Tensor:
-        if len(tokens) == 0:
-            raise InputError(f"{where} has no tokens; it needs at least one")
-        ids = _vector(where, "tokens", tokens, len(tokens))
-        if ids.is_floating_point():
-            raise InputError(f"{where}: tokens are {ids.dtype}; token ids are whole numbers")
-        low, high, limit = int(ids.min()), int(ids.max()), self.model.config.vocab_size
-        if low < 0 or high >= limit:
-            raise InputError(f"{where} holds token id {low if low < 0 else high}; the vocabulary is 0 to {limit - 1}")
-        if len(tokens) > self.model.config.max_position_embeddings:
-            raise InputError(
-                f"{where} has {len(tokens)} tokens; the model's context is {self.model.config.max_position_embeddings}:"
-                " shorten it, or drop it"
-            )
-        return ids
-
-
-def _vector(where: str, name: str, values: Any, length: int, dtype: torch.dtype | None = None) -> Tensor:
-    try:
-        vector = torch.as_tensor(values, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{where}: {name} is not a list of numbers ({error})") from None
-    if tuple(vector.shape) != (length,):
-        raise InputError(f"{where}: {name} has shape {tuple(vector.shape)}, but there are {length} tokens")
-    return vector.detach()
-
-
-def _finite(where: str, name: str, values: Tensor, positions: Tensor) -> None:
-    if not values.isfinite().all():
-        at = int((~values.isfinite()).nonzero()[0])
-        raise InputError(f"{where}: {name}[{int(positions[at])}] is {float(values[at])}; it must be finite")
-
-
-def _logprobs(
-    where: str, name: str, values: Any, positions: Tensor, length: int, dtype: torch.dtype, loss: Loss, *, needed: bool
-) -> Tensor:
-    """Log-probabilities of the loss tokens, [N] of `dtype`; NaN where the sample has none and the loss needs none."""
-    if values is None:
-        if needed and len(positions):
-            remedy = "pass Completion.logprobs" if name == "old_logprobs" else "score the tokens with the reference"
-            raise InputError(f'{where} has no {name}, which the loss "{loss.name}" needs; {remedy}')
-        return torch.full((len(positions),), math.nan, dtype=dtype)
-    vector = _vector(where, name, values, length, dtype)[positions]
-    _finite(where, name, vector, positions)
-    if len(vector) and vector.max() > 1e-3:  # a softmax may round to just above 0; a placeholder is far above
-        at = int(vector.argmax())
-        raise InputError(
-            f"{where}: {name}[{int(positions[at])}] is {float(vector[at])}; a log-probability is at most 0"
-        )
-    return vector
-
-
-def _inverse(temperature: float, where: str) -> float:
-    if not (math.isfinite(temperature) and temperature >= 0.0):
-        raise InputError(f"{where}: temperature is {temperature}; it must be finite and 0 (which counts as 1) or more")
-    return inverse_temperature(temperature)
-
-
-def _temperatures(inverses: list[float], counts: list[int]) -> Tensor | None:
-    """1 / temperature of every row, [N] float32; None when all are 1."""
-    if all(inverse == 1.0 for inverse in inverses):
-        return None
-    return torch.repeat_interleave(torch.tensor(inverses, dtype=torch.float32), torch.tensor(counts))
+def _described(failure: Exception, replica: int) -> EngineError:
+    """What the other replicas raise."""
+    if isinstance(failure, EngineError):
+        return type(failure)(f"{failure} (in data-parallel replica {replica})")
+    text = f"{type(failure).__name__}: {failure}"
+    return ParallelError(f"data-parallel replica {replica} failed ({text}); gradients were dropped on all: see its log")
 
 
 def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:

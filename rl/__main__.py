@@ -9,13 +9,21 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from engine import ChatTemplate, Engine, EngineError, load_config
+from engine import (
+    ChatTemplate,
+    ConfigError,
+    Engine,
+    EngineError,
+    InputError,
+    is_main_rank,
+    load_config,
+    report_failure,
+)
 from rl.config import SFTConfig, TrainConfig
 from rl.demo import DEMO_DIRECTORY, demo
 from rl.env import make_environment
 from rl.evaluate import evaluate
 from rl.loop import train
-from rl.report import write_report
 from rl.rollout import Collector
 from rl.run import Run
 from rl.sft import sft
@@ -29,9 +37,9 @@ def run_train(args: argparse.Namespace) -> int:
     config = load_config(TrainConfig, args.config, args.overrides)
     with Run(config, args.resume) as run:
         train(run)
-    if run.step < config.steps:
-        return stopped(run.step, "train", args)
-    write_report(run.directory / "report.html", run.directory)
+        if run.step < config.steps:
+            return stopped(run.step, "train", args)
+        run.write_report()
     say(f"{run.directory}/checkpoint is written; {run.directory}/report.html shows how it came to be")
     return 0
 
@@ -57,6 +65,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         table.add_row("thinking" if thinking else "direct", f"{result.accuracy:.1%}", f"{result.standard_error:.1%}",
                       f"{result.mean_tokens:.1f}", str(result.problems), str(result.samples))  # fmt: skip
     collector.close()
+    engine.close()
     console.print(table)
     return 0
 
@@ -107,12 +116,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 an error in one line, 130 interrupted and saved."""
+    """The exit code: 0 done, 1 an error in one line, 130 interrupted and saved. Of several ranks the main one speaks;
+    an error that not all of them have, each that has it."""
+    console.quiet = not is_main_rank()
     args = parser().parse_args(arguments)
     try:
         return int(args.function(args))
     except EngineError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        report_failure(error)
+        shared = isinstance(error, ConfigError | InputError)
+        errors = Console(stderr=True, quiet=shared and not is_main_rank())
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         say("stopped at once; the last saved state is kept, --resume goes on from it")

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from engine import ConfigError, EngineConfig, LossConfig, learning_rate
+from engine import ConfigError, EngineConfig, LossConfig, ParallelConfig, learning_rate
 from rl.advantage import ADVANTAGES
 
 
@@ -14,6 +14,16 @@ def _at_least(config: msgspec.Struct, limit: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < limit:
             raise ConfigError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be at least {limit}")
+
+
+def _share_out(config: TrainConfig | SFTConfig) -> None:
+    """Makes `parallel` and `engine.parallel` one. Raises ConfigError where both are given and differ."""
+    plain, inner = ParallelConfig(), config.engine.parallel
+    if config.parallel not in (plain, inner) and inner != plain:
+        raise ConfigError("parallel and engine.parallel are both given, and differ; give parallel alone")
+    chosen = inner if config.parallel == plain else config.parallel
+    msgspec.structs.force_setattr(config, "parallel", chosen)
+    msgspec.structs.force_setattr(config, "engine", msgspec.structs.replace(config.engine, parallel=chosen))
 
 
 class EnvironmentConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +70,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     Each step launches `group_size` rollouts of each of `prompts_per_step` problems. Groups whose rewards are all equal
     teach nothing and are filtered; up to `resample_rounds` times a step they are replaced by new problems. Rewards
     fall linearly to -1 over the last `overlong_tokens` of `max_tokens` (0: no such penalty). `check_filtered` scores
-    the filtered rollouts too, so that the exactness check covers every sampled token.
+    the filtered rollouts too, so that the exactness check covers every sampled token. `parallel` is how the ranks that
+    torchrun started share the work: `EngineConfig.parallel` by a shorter name.
     """
 
     run_dir: str
@@ -84,9 +95,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     save_every: int = 20
     keep_rollouts_every: int = 5  # steps between groups kept for the report
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
+        _share_out(self)
         if self.advantage not in ADVANTAGES:
             raise ConfigError(f'advantage is "{self.advantage}"; there are {", ".join(ADVANTAGES)}')
         if not self.temperature > 0.0:
@@ -118,7 +131,8 @@ class SFTConfig(msgspec.Struct, frozen=True, kw_only=True):
     `data` is JSONL with `messages` (and `thinking`, if conversations differ in it) a line. Each step takes the next
     conversations of a shuffled pass until they hold `tokens_per_step` tokens. Exactly one of `model` (a Hugging Face
     directory) and `new_model` says where to begin. With an `env`, questions of its held-out split are left out of the
-    data, and, from the evaluation at which held-out accuracy reaches `stop_at_accuracy` on, training stops.
+    data, and, from the evaluation at which held-out accuracy reaches `stop_at_accuracy` on, training stops. `parallel`
+    is how the ranks that torchrun started share the work: `EngineConfig.parallel` by a shorter name.
     """
 
     run_dir: str
@@ -134,9 +148,11 @@ class SFTConfig(msgspec.Struct, frozen=True, kw_only=True):
     stop_at_accuracy: float | None = None
     save_every: int = 100
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
+        _share_out(self)
         if (self.model is None) == (self.new_model is None):
             raise ConfigError("give exactly one of model (a Hugging Face directory) and [new_model] (random weights)")
         if self.env is None and (self.stop_at_accuracy is not None or self.evaluation.every):

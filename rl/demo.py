@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engine import ChatTemplate, ConfigError, Engine, EngineError, load_config
+from engine import ChatTemplate, ConfigError, Engine, EngineError, Ranks, is_main_rank, load_config, times_restarted
 from rl.config import SFTConfig, TrainConfig
 from rl.env import make_environment
 from rl.evaluate import evaluate
@@ -46,11 +46,12 @@ def demo(
 ) -> bool:
     """Runs what is left of the demo in `directory`; returns whether it is complete, or was interrupted and saved.
 
-    Without `resume` the products of an earlier demo there are removed first. An override is that of the stage it
-    names: "corpus.records=500", "sft.steps=50", "train.steps=5". Raises ConfigError, EngineError.
+    Without `resume` the products of an earlier demo there are removed first; where torchrun has started the ranks
+    again, it goes on. Several ranks share each stage but the corpus, which one of them makes. An override is that of
+    the stage it names: "corpus.records=500", "sft.steps=50", "train.steps=5". Raises ConfigError, EngineError.
     """
     start = time.perf_counter()
-    console = console or Console()
+    console = console or Console(quiet=not is_main_rank())
     root = Path(directory)
     of_stage = _by_stage(overrides or [])
     sft_config = load_config(
@@ -62,26 +63,22 @@ def demo(
         EXAMPLES / "arithmetic.toml",
         [f"run_dir={root}", f"model={root}/sft/checkpoint", *of_stage["train"]],
     )
-    if not resume:
-        _remove(root)
-    root.mkdir(parents=True, exist_ok=True)
-
-    if not resume or not (root / "sft" / "state").exists():
-        _corpus(root, resume, of_stage["corpus"])
-    if not (resume and (root / "sft" / "checkpoint").exists()):
-        unfinished = resume and (root / "sft" / "state").exists()
-        if not sft(sft_config, unfinished, Progress("supervised fine-tuning", console)):
-            return False
-    before = _before(root, train_config)
-    with Run(train_config, resume and (root / "state").exists(), Progress("reinforcement learning", console)) as run:
+    ranks = Ranks.join(train_config.parallel)
+    resume = resume or times_restarted() > 0
+    corpus_made, unfinished, sft_made = ranks.once(lambda: _prepare(root, resume))
+    if not corpus_made:
+        ranks.once(lambda: _corpus(root, resume, of_stage["corpus"]))
+    if not sft_made and not sft(sft_config, unfinished, Progress("supervised fine-tuning", console)):
+        return False
+    before = _before(root, train_config, ranks)
+    under_way = ranks.once(lambda: resume and Engine.has_state(root / "state"))
+    with Run(train_config, under_way, Progress("reinforcement learning", console)) as run:
         train(run)
         if run.step < train_config.steps:
             return False
         after = _both_modes(run.collector, train_config)
-    summary = summarise(root, train_config, before, after, time.perf_counter() - start)
-    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(root / "report.html", root, root / "sft", summary, "A model learns to think")
-    _closing(console, summary, root)
+    seconds = time.perf_counter() - start
+    ranks.once(lambda: _conclude(console, root, train_config, before, after, seconds))
     return True
 
 
@@ -123,6 +120,25 @@ def _by_stage(overrides: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def _prepare(root: Path, resume: bool) -> tuple[bool, bool, bool]:
+    """Makes room, unless something is to be gone on with; whether the corpus is there, the fine-tuning is under way,
+    and it is complete."""
+    if not resume:
+        _remove(root)
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = resume and Engine.has_state(root / "sft" / "state")
+    return unfinished, unfinished, resume and (root / "sft" / "checkpoint").exists()
+
+
+def _conclude(
+    console: Console, root: Path, config: TrainConfig, before: dict[str, Any], after: dict[str, Any], seconds: float
+) -> None:
+    summary = summarise(root, config, before, after, seconds)
+    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(root / "report.html", root, root / "sft", summary, "A model learns to think")
+    _closing(console, summary, root)
+
+
 def _remove(root: Path) -> None:
     for name in PRODUCTS:
         path = root / name
@@ -141,16 +157,18 @@ def _corpus(root: Path, resume: bool, overrides: list[str]) -> None:
         raise EngineError(f"the corpus was not made: `{' '.join(command[1:])}` ended with exit code {done.returncode}")
 
 
-def _before(root: Path, config: TrainConfig) -> dict[str, Any]:
+def _before(root: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """Accuracy before reinforcement learning: measured once, and kept for a resumed demo."""
     path = root / "before.json"
-    if not path.exists():
+    if not ranks.once(path.exists):
         engine = Engine.from_pretrained(config.model, config.engine)
         env = make_environment(config.env.name, config.env.arguments)
         collector = Collector(engine, env, ChatTemplate.from_pretrained(config.model))
-        path.write_text(json.dumps(_both_modes(collector, config)))
+        measured = _both_modes(collector, config)
+        ranks.once(lambda: path.write_text(json.dumps(measured)))
         collector.close()
-    return json.loads(path.read_text())
+        engine.close()
+    return ranks.once(lambda: json.loads(path.read_text()))
 
 
 def _both_modes(collector: Collector, config: TrainConfig) -> dict[str, Any]:

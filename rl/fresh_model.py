@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine import Engine, EngineConfig, ModelConfig, Tokenizer
+from engine import Engine, EngineConfig, Mesh, ModelConfig, Tokenizer
 from rl.config import NewModelConfig
 
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
@@ -30,7 +30,8 @@ CHAT_TEMPLATE = """\
 
 def write_fresh_model(directory: Path, config: NewModelConfig, texts: Iterable[str], seed: int) -> None:
     """Writes a Hugging Face directory with random weights, a function of `seed`, and a tokenizer whose vocabulary is
-    the characters of `texts` and of printable ASCII. What was in the directory is replaced. Raises CheckpointError."""
+    the characters of `texts` and of printable ASCII. What was in the directory is replaced. Of several ranks one calls
+    it. Raises CheckpointError."""
     with TemporaryDirectory() as scratch:
         _write_tokenizer(Path(scratch), texts)
         tokenizer = Tokenizer.from_pretrained(scratch)
@@ -49,7 +50,7 @@ def write_fresh_model(directory: Path, config: NewModelConfig, texts: Iterable[s
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    fresh = Engine.from_config(model_config, EngineConfig(dtype="float32"), seed, tokenizer)
+    fresh = Engine.from_config(model_config, EngineConfig(dtype="float32"), seed, tokenizer, Mesh.single())
     shutil.rmtree(directory, ignore_errors=True)
     fresh.save_pretrained(directory)
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from engine import is_main_rank
+
 PLAIN_SECONDS = 5.0  # between lines where there is no terminal to redraw
 
 # What is shown of a record: its key, its label, how it is written.
@@ -30,7 +32,7 @@ class Progress:
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title = title
-        self.console = console or Console()
+        self.console = console or Console(quiet=not is_main_rank())
         self.steps = 0
         self._bars: Bars | None = None
         self._task = TaskID(0)

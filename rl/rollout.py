@@ -1,11 +1,15 @@
-"""Rollouts: problems become prompts, the engine samples turns, the environment answers and rewards them."""
+"""Rollouts: problems become prompts, the engine samples turns, the environment answers and rewards them.
+
+Where there are several ranks, each episode runs on one of them, which tells the others what came of it: an environment
+may be slow, or answer differently each time, and all ranks go on with the same rollouts.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,14 +20,29 @@ T = TypeVar("T")
 TURN = "\ue000"  # a private-use character that stands for the model's turn while a template is rendered
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a turn of the environment made of a rollout, for the ranks where it did not run."""
+
+    number: int
+    history: Messages
+    prompt: list[int]  # ids for the model's next turn
+    reward: float
+    info: dict[str, float]
+    token_advantages: list[float] | None
+    failure: Failure | None
+    done: bool
+
+
 @dataclass
 class Rollout:
     """One attempt at a problem. `tokens`, `loss_mask`, `logprobs` and `token_advantages` are per token and as long as
     the whole context; `loss_mask` is 1 on what the model wrote, and log-probabilities elsewhere are 0."""
 
+    number: int  # among those that are collected together
     group: int
     problem: Problem
-    episode: Episode
+    episode: Episode | None = None  # on the rank where it runs, once it has begun
     history: Messages = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
@@ -53,6 +72,17 @@ class Rollout:
         self.tokens += token_ids
         self.loss_mask += [mask] * len(token_ids)
         self.logprobs += logprobs or [0.0] * len(token_ids)
+
+    def outcome(self, known: int) -> Outcome:
+        """What there is to tell, to those who know the first `known` tokens."""
+        return Outcome(self.number, self.history, self.tokens[known:], self.reward, self.info, self.token_advantages,
+                       self.failure, self.done)  # fmt: skip
+
+    def adopt(self, outcome: Outcome) -> None:
+        """Takes in what another rank tells."""
+        self.history, self.reward, self.info = outcome.history, outcome.reward, outcome.info
+        self.token_advantages, self.failure, self.done = outcome.token_advantages, outcome.failure, outcome.done
+        self.extend(outcome.prompt, 0)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -86,23 +116,24 @@ class Collector:
         """`group_size` rollouts of each problem, [P][G]: a function of the weights and `seed`. Groups are numbered from
         `first_group`."""
         groups = [
-            [Rollout(group, problem, self.env.episode(problem)) for _ in range(group_size)]
-            for group, problem in enumerate(problems, first_group)
+            [Rollout(place * group_size + member, first_group + place, problem) for member in range(group_size)]
+            for place, problem in enumerate(problems)
         ]
         rollouts = [rollout for group in groups for rollout in group]
-        self._environment(self._reset(rollout) for rollout in rollouts)
+        self._environment(rollouts, self._reset)
         for turn in range(self.max_turns):
             alive = [rollout for rollout in rollouts if not rollout.done]
             if not alive:
                 break
             actions = self._sample(alive, params, derive_seed(seed, turn))
-            self._environment(self._step(rollout, action) for rollout, action in actions)
+            acting = [rollout for rollout in alive if rollout.number in actions]
+            self._environment(acting, lambda rollout: self._step(rollout, actions[rollout.number]))  # noqa: B023
         return groups
 
     # ---- the model's turn ----
 
-    def _sample(self, alive: list[Rollout], params: SamplingParams, seed: int) -> list[tuple[Rollout, Action]]:
-        """One turn of each. Rollouts of a group with the same context are sampled as one prompt with n."""
+    def _sample(self, alive: list[Rollout], params: SamplingParams, seed: int) -> dict[int, Action]:
+        """One turn of each, by number. Rollouts of a group with the same context are sampled as one prompt with n."""
         start = time.perf_counter()
         contexts: dict[tuple[int, tuple[int, ...]], list[Rollout]] = {}
         for rollout in alive:
@@ -114,13 +145,13 @@ class Collector:
         ]  # fmt: skip
         results = self.engine.generate([list(tokens) for _, tokens in contexts], each)
         self.seconds["rollout"] += time.perf_counter() - start
-        taken = []
+        taken: dict[int, Action] = {}
         for members, completions in zip(contexts.values(), results, strict=True):
             for rollout, completion in zip(members, completions, strict=True):
                 if completion.finish_reason == "abort":
                     rollout.fail(Boundary.SAMPLING, "the completion was aborted")
                 else:
-                    taken.append((rollout, self._take(rollout, completion)))
+                    taken[rollout.number] = self._take(rollout, completion)
         return taken
 
     def _take(self, rollout: Rollout, completion: Completion) -> Action:
@@ -135,17 +166,30 @@ class Collector:
 
     # ---- the environment's turn ----
 
-    def _environment(self, turns: Any) -> None:
-        start = time.perf_counter()
-        self._loop.run_until_complete(_all(turns))
+    def _environment(self, rollouts: list[Rollout], turn: Callable[[Rollout], Coroutine[Any, Any, None]]) -> None:
+        """A turn of each, on the rank whose episode it is; every rank knows what came of all."""
+        start, ranks = time.perf_counter(), self.engine.ranks
+        by_number = {rollout.number: rollout for rollout in rollouts}
+        mine = [rollout for rollout in rollouts if rollout.number % ranks.count == ranks.index]
+        known = [len(rollout.tokens) for rollout in mine]
+        self._loop.run_until_complete(_all(turn(rollout) for rollout in mine))
+        told = ranks.gather([rollout.outcome(size) for rollout, size in zip(mine, known, strict=True)])
+        for rank, outcomes in enumerate(told):
+            for outcome in outcomes if rank != ranks.index else []:
+                by_number[outcome.number].adopt(outcome)
         self.seconds["scoring"] += time.perf_counter() - start
 
     async def _reset(self, rollout: Rollout) -> None:
-        rollout.history = list(await self._guarded(rollout, rollout.episode.reset()) or [])
+        rollout.history = list(await self._guarded(rollout, self._begin(rollout)) or [])
         if not rollout.done:
             self._prompt(rollout, rollout.history, self._text)
 
+    async def _begin(self, rollout: Rollout) -> Messages:
+        rollout.episode = self.env.episode(rollout.problem)
+        return await rollout.episode.reset()
+
     async def _step(self, rollout: Rollout, action: Action) -> None:
+        assert rollout.episode is not None, "the episode runs on another rank"
         step = await self._guarded(rollout, rollout.episode.step(action))
         if step is None:
             return
@@ -209,6 +253,5 @@ class Collector:
         return after
 
 
-async def _all(turns: Any) -> None:
-    coroutines: list[Coroutine[Any, Any, None]] = list(turns)
-    await asyncio.gather(*coroutines)
+async def _all(turns: Iterable[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*turns)

@@ -4,6 +4,8 @@ run_dir/state/          the engine's state and the step, replaced atomically
 run_dir/metrics.jsonl   a line a step
 run_dir/rollouts.jsonl  rollouts kept for the report
 run_dir/checkpoint/     the result, a Hugging Face directory
+
+Of several ranks, the main one alone writes the lines and the report; every rank calls what saves and loads.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from engine import ChatTemplate, Engine
+from engine import ChatTemplate, Engine, Ranks, times_restarted
 from rl.config import TrainConfig
 from rl.env import make_environment
 from rl.evaluate import evaluate
 from rl.metrics import Interruptible, JsonLines, Stopwatch
 from rl.progress import Progress
 from rl.record import rollout_record
+from rl.report import write_report
 from rl.rollout import Collector, Rollout
 
 GROUPS_KEPT = 2  # of a step whose rollouts are kept
@@ -29,7 +32,8 @@ GROUPS_KEPT = 2  # of a step whose rollouts are kept
 class Run:
     """One GRPO run. Use it as a context manager: within, Ctrl-C asks it to stop after the step.
 
-    Without `resume`, an earlier run in the directory is replaced; with it, its last complete state is loaded.
+    Without `resume`, an earlier run in the directory is replaced; with it, or where torchrun has started the ranks
+    again, its last complete state is loaded.
     Raises ConfigError, CheckpointError.
     """
 
@@ -42,7 +46,8 @@ class Run:
         self.collector = Collector(self.engine, self.env, template, config.max_prompt_tokens, config.max_turns)
         self.watch = Stopwatch()
         self.progress = progress or Progress("train")
-        self.interruption = Interruptible()
+        self.interruption = Interruptible(self.engine.ranks.any)
+        resume = goes_on(self.directory, resume, self.engine.ranks)
         self.step = open_directory(self.directory, self.engine, resume)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", self.step)
         self.kept = JsonLines(self.directory / "rollouts.jsonl", self.step)
@@ -63,7 +68,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed."""
+        """Whether Ctrl-C was pressed; every rank asks at the same places."""
         return self.interruption.requested
 
     def take_seconds(self) -> dict[str, float]:
@@ -110,6 +115,16 @@ class Run:
         if not self.interrupted:
             self.engine.save_pretrained(self.directory / "checkpoint")
 
+    def write_report(self) -> None:
+        """Writes run_dir/report.html, which shows how the checkpoint came to be."""
+        self.engine.ranks.once(lambda: write_report(self.directory / "report.html", self.directory))
+
+
+def goes_on(directory: Path, resume: bool, ranks: Ranks) -> bool:
+    """Whether the run in `directory` is to be resumed: where that was asked for, and where torchrun has started the
+    ranks again and there is a state to go on from."""
+    return resume or (times_restarted() > 0 and ranks.once(lambda: Engine.has_state(directory / "state")))
+
 
 def open_directory(directory: Path, engine: Engine, resume: bool) -> int:
     """The step to go on from: 0 in a fresh directory, where an earlier run is removed, or that of the saved state.
@@ -118,7 +133,11 @@ def open_directory(directory: Path, engine: Engine, resume: bool) -> int:
     """
     if resume:
         return int(engine.load_state(directory / "state")["step"])
+    engine.ranks.once(lambda: _clear(directory))
+    return 0
+
+
+def _clear(directory: Path) -> None:
     for name in ("state", "checkpoint"):
         shutil.rmtree(directory / name, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
-    return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import ChatTemplate, ConfigError, Engine, InputError, Sample
+from engine import ChatTemplate, ConfigError, Engine, InputError, Ranks, Sample
 from rl.config import SFTConfig
 from rl.env import Environment, Messages, make_environment
 from rl.evaluate import evaluate
@@ -18,7 +18,7 @@ from rl.fresh_model import write_fresh_model
 from rl.metrics import Interruptible, JsonLines
 from rl.progress import Progress
 from rl.rollout import Collector, derive_seed
-from rl.run import open_directory
+from rl.run import goes_on, open_directory
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,15 @@ def sft(config: SFTConfig, resume: bool = False, progress: Progress | None = Non
 
     Step k is a function of (configuration, data, k, weights). Raises ConfigError, InputError, CheckpointError.
     """
-    directory = Path(config.run_dir)
+    directory, ranks = Path(config.run_dir), Ranks.join(config.parallel)
+    resume = goes_on(directory, resume, ranks)
     env = make_environment(config.env.name, config.env.arguments) if config.env else None
     conversations = read_conversations(Path(config.data), env)
     model = config.model or str(directory / "start")
     if config.new_model is not None and not resume:
-        texts = (message["content"] for conversation in conversations for message in conversation.messages)
-        write_fresh_model(Path(model), config.new_model, texts, config.seed)
+        texts = [message["content"] for conversation in conversations for message in conversation.messages]
+        fresh = config.new_model
+        ranks.once(lambda: write_fresh_model(Path(model), fresh, texts, config.seed))
     engine, template = Engine.from_pretrained(model, config.engine), ChatTemplate.from_pretrained(model)
     step = open_directory(directory, engine, resume)
     batches = shuffled_batches(to_samples(conversations, template, config.max_tokens), config, skip=step)
@@ -52,7 +54,7 @@ def sft(config: SFTConfig, resume: bool = False, progress: Progress | None = Non
     good_enough = False
     saved = step
     try:
-        with Interruptible() as interruption:
+        with Interruptible(ranks.any) as interruption:
             while step < config.steps and not good_enough and not interruption.requested:
                 record = sft_step(engine, next(batches), step, config)
                 step += 1
@@ -74,6 +76,7 @@ def sft(config: SFTConfig, resume: bool = False, progress: Progress | None = Non
         progress.stop()
         if collector:
             collector.close()
+    engine.close()
     return complete
 
 

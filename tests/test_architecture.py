@@ -38,6 +38,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.tokenizer": (3, 0),
     "engine.chat": (3, 1),
     "engine.sampler.": (3, 2),
+    "engine.targets": (3, 1),
     "engine.trainer": (3, 2),
     "engine.state": (3, 3),
     "engine.engine": (4, 0),

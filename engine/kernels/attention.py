@@ -7,6 +7,7 @@ One kernel serves prefill, chunked prefill, decode, scoring and training; csrc/c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,16 @@ class AttentionPlan:
         self.num_tokens = 0
         self.num_pages = 0  # one more than the largest page named
         self.page_size = _BLOCK
+
+    @classmethod
+    def of_sequences(cls, lengths: Sequence[int]) -> AttentionPlan:
+        """The plan of whole sequences, packed end to end, positions from 0, without a cache."""
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        starts = torch.zeros(len(sizes) + 1, dtype=torch.int32)
+        torch.cumsum(sizes, 0, out=starts[1:])
+        plan = cls()
+        plan.build(starts, sizes, torch.cat([torch.arange(0), *map(torch.arange, lengths)]).int())
+        return plan
 
     @property
     def kv_plan(self) -> AttentionPlan:

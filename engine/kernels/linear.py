@@ -102,6 +102,11 @@ def deferred_weight_gradients() -> Iterator[WeightGradients]:
         _deferred = before
 
 
+def weight_gradients_wait() -> bool:
+    """Whether this is inside `deferred_weight_gradients`."""
+    return _deferred is not None
+
+
 def linear_grad_bias_(dy: Tensor, bias: Weight) -> None:
     """`bias.grad_buffer()` += the sum of dy's rows, [T, N] -> [N], in fp32, token by token."""
     if dy.dim() != 2 or dy.shape[1:] != bias.shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ class Weight:
         self.decay = decay
         self.data = zeros(storage_shape(self.shape, dtype, self.packed), dtype)
         self.grad: Tensor | None = None
+        self._grad_source: tuple[Weight, int] | None = None  # whose gradient a slice shares, and from which row on
 
     def __repr__(self) -> str:
         layout = "packed" if self.packed else "dense"
@@ -90,16 +93,40 @@ class Weight:
         )  # fmt: skip
         return out.to(dtype)
 
+    def slice(self, row: int, rows: int, share_grad: bool = False) -> Weight:
+        """Rows [row, row + rows) as a weight that shares the storage: what is written to one is in the other.
+
+        Its gradient is its own, or, with `share_grad`, those rows of this weight's. Raises InputError for rows that
+        are not there or, in a packed matrix, are not whole panels of 16 (the last one may be partly filled).
+        """
+        self._check_rows(row, rows)
+        end = row + rows
+        if self.packed and (row % PANEL or (end % PANEL and end != self.shape[0])):
+            raise InputError(
+                f"rows [{row}, {end}) of weight {self.name} are not whole panels; a packed matrix is cut at multiples "
+                f"of {PANEL}"
+            )
+        part = copy(self)
+        part.name = self.name if rows == self.shape[0] else f"{self.name}[{row}:{end}]"
+        part.shape = (rows, *self.shape[1:])
+        part.data = self.data[row // PANEL : -(-end // PANEL)] if self.packed else self.data[row:end]
+        part.grad, part._grad_source = None, (self, row) if share_grad else None
+        return part
+
     def grad_buffer(self) -> Tensor:
         """`grad`, made of zeros on first use."""
+        if self.grad is None and self._grad_source is not None:
+            whole, row = self._grad_source
+            self.grad = whole.grad_buffer()[row : row + self.shape[0]]
         if self.grad is None:
             self.grad = zeros(self.shape, wide_dtype(self.dtype))
         return self.grad
 
     def zero_grad(self) -> None:
         """Fills `grad` with zeros and keeps its memory."""
-        if self.grad is not None:
-            self.grad.zero_()
+        shared = self._grad_source is not None and self._grad_source[0].grad is not None
+        if self.grad is not None or shared:
+            self.grad_buffer().zero_()
 
     def _check_rows(self, row: int, rows: int) -> None:
         if row < 0 or rows < 0 or row + rows > self.shape[0]:

@@ -9,7 +9,7 @@ A group of one makes each of them the identity, so callers need no branch on the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -47,6 +47,11 @@ class Pending(Generic[T]):
 
     def __init__(self, what: str, group: Group, work: Any, finish: Callable[[], T], keep: Tensor | None = None) -> None:
         self._what, self._group, self._work, self._finish, self._keep = what, group, work, finish, keep
+
+    @property
+    def ready(self) -> bool:
+        """Whether what a single exchange brings is here, so that `wait` need not wait."""
+        return self._work is None or self._work.is_completed()
 
     def wait(self) -> T:
         """Raises ParallelError when a rank is gone or late."""
@@ -117,6 +122,11 @@ def start_all_gather(x: Tensor, group: Group, what: str = "all_gather") -> Pendi
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """`start_all_gather` and its wait. Raises ParallelError."""
     return start_all_gather(x, group).wait()
+
+
+def start_all_gather_pieces(x: Tensor, group: Group, sizes: Sequence[int]) -> Pending[Tensor]:
+    """Vectors of different lengths, `sizes[i]` of rank i, end to end in rank order: [sizes of this rank] -> [sum]."""
+    return start_all_to_all(x.repeat(group.size), group, [x.shape[0]] * group.size, list(sizes))
 
 
 def all_gather_rows(x: Tensor, group: Group) -> list[Tensor]:

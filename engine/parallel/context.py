@@ -44,16 +44,18 @@ class Deal:
     cut: list[bool]
 
 
-def deal_rows(lengths: Sequence[int], num_ranks: int) -> Deal:
+def deal_rows(lengths: Sequence[int], num_ranks: int, before: Sequence[int] | None = None) -> Deal:
     """Deals the rows of packed sequences to ranks with balanced causal work; a function of the arguments alone.
 
     As few sequences are cut as balance allows, the longest first; the others go whole to the least loaded rank.
+    `before[s]` keys of sequence s are in a cache.
     """
+    before = before or [0] * len(lengths)
     longest = sorted(range(len(lengths)), key=lambda s: (-lengths[s], s))
-    mean = sum(map(_work, lengths)) / num_ranks
+    mean = sum(map(_work, lengths, before)) / num_ranks
     count = 0
     while True:
-        owned, loads = _deal(lengths, longest, count, num_ranks)
+        owned, loads = _deal(lengths, before, longest, count, num_ranks)
         if count == len(lengths) or max(loads) <= _IMBALANCE * mean:
             break
         count = min(len(lengths), 2 * count or 1)
@@ -64,7 +66,7 @@ def deal_rows(lengths: Sequence[int], num_ranks: int) -> Deal:
 
 
 def _deal(
-    lengths: Sequence[int], longest: list[int], count: int, num_ranks: int
+    lengths: Sequence[int], before: Sequence[int], longest: list[int], count: int, num_ranks: int
 ) -> tuple[list[list[Segment]], list[float]]:
     """Segments and work of each rank when the `count` longest sequences are cut."""
     starts = list(accumulate(lengths, initial=0))
@@ -75,29 +77,31 @@ def _deal(
         for rank in range(num_ranks):
             low, high = edges[rank : rank + 2], edges[2 * num_ranks - 1 - rank :][:2]
             for begin, end in [(low[0], high[1])] if low[1] == high[0] else [low, high]:
-                loads[rank] += _work(end) - _work(begin)
+                loads[rank] += _work(end, before[s]) - _work(begin, before[s])
                 if end > begin:
                     owned[rank].append((starts[s] + begin, starts[s] + end))
     for s in longest[count:]:
         rank = loads.index(min(loads))
-        loads[rank] += _work(lengths[s])
+        loads[rank] += _work(lengths[s], before[s])
         owned[rank].append((starts[s], starts[s] + lengths[s]))
     return owned, loads
 
 
-def _work(length: int) -> float:
-    """What the first `length` tokens of a sequence cost, in keys."""
-    return length * (_TOKEN_WORK + length / 2)
+def _work(length: int, before: int) -> float:
+    """What `length` tokens of a sequence cost after the first `before`, in keys."""
+    return length * (_TOKEN_WORK + before + length / 2)
 
 
 class ContextShard:
     """One rank's rows of a batch, and what it takes to give them their keys and to put results in order again."""
 
-    def __init__(self, group: Group, deal: Deal, lengths: Sequence[int]) -> None:
-        """`lengths`: of the batch's sequences, which run from position 0 without a cache."""
+    def __init__(self, group: Group, deal: Deal, lengths: Sequence[int], plan: AttentionPlan | None = None) -> None:
+        """`lengths`: rows of each sequence. They run from position 0 without a cache, unless `plan` of all rows says
+        otherwise: then all keys travel, because every rank has a cache to write them to."""
         self.group = group
         starts = np.array(list(accumulate(lengths, initial=0)))
-        travels = np.repeat(np.array(deal.cut, dtype=bool), lengths)  # [W]
+        cut = np.array(deal.cut, dtype=bool) if plan is None else np.ones(len(lengths), dtype=bool)
+        travels = np.repeat(cut, lengths)  # [W]
         everyone = [_rows(segments) for segments in deal.segments]
         own = everyone[group.index]
         self.owner = torch.empty(int(starts[-1]), dtype=torch.int32)  # [W] rank of each row
@@ -106,7 +110,7 @@ class ContextShard:
         self.rows = torch.from_numpy(own)  # int64 [T] this rank's rows, ascending
 
         # The rank holds keys of the sequences that were cut, and of its own.
-        held = np.array(deal.cut, dtype=bool)
+        held = cut.copy()
         held[np.searchsorted(starts, own, side="right") - 1] = True
         kv_rows = np.flatnonzero(np.repeat(held, lengths))  # [T_kv]
         moving = [rows[travels[rows]] for rows in everyone]
@@ -117,14 +121,11 @@ class ContextShard:
         self.staying_at = torch.from_numpy(np.searchsorted(kv_rows, own[~travels[own]]))
         self.num_keys = len(kv_rows)
 
-        kv_lengths = np.array(lengths, dtype=np.int32)[held]
-        kv_starts = np.array([0, *kv_lengths.cumsum()], dtype=np.int32)
-        positions = np.arange(self.num_keys) - np.repeat(kv_starts[:-1], kv_lengths)
-        kv_plan = AttentionPlan()
-        kv_plan.build(kv_starts, kv_lengths, positions.astype(np.int32))
+        if plan is None:
+            plan = AttentionPlan.of_sequences(np.array(lengths)[held].tolist())
         begins, ends = np.array(deal.segments[group.index], dtype=np.int64).reshape(-1, 2).T
         at = np.searchsorted(kv_rows, begins)
-        self.plan = AttentionPlan(kv_plan)
+        self.plan = AttentionPlan(plan)
         self.plan.build_segments(at.astype(np.int32), (at + ends - begins).astype(np.int32))
 
     def gather_keys(self, own: Tensor) -> Tensor:

@@ -31,6 +31,14 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def is_main_rank() -> bool:
+    """Whether this process speaks for all ranks: it prints, and writes the files that are written once. Connects
+    nothing."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
 def ranks_on_this_machine() -> int:
     """How many ranks torchrun started here; they share its cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1

@@ -53,6 +53,11 @@ class Drawing:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def distinct_rows(self) -> np.ndarray:
+        """The rows that are sampled from, each once, ascending; `draw` takes the hidden states of these alone then."""
+        distinct, self.rows = np.unique(self.rows, return_inverse=True)
+        return distinct
+
     def draw(self, hidden: Tensor, model: Transformer) -> Drawn:
         """Samples from the rows of `hidden` [T, D], after the last norm. The head runs on these rows and no others."""
         vocab_size, group = model.config.vocab_size, model.mesh.tp

@@ -8,7 +8,10 @@ the others. Up to `depth` steps are under way at once, so that no stage waits fo
 
 Stages run the same steps in the same order, so the cache of each is written in that order too.
 
-# T tokens of the step, D model width
+Context-parallel ranks all run every step, and have all its keys in their caches. Of a step with many tokens (prompts)
+each computes its share of the rows; which rows those are changes no bit.
+
+# T tokens of the step, or this rank's share of them, D model width
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from engine.kernels.attention import AttentionPlan, allocate_pages
 from engine.kernels.graph import Graph
 from engine.model import Transformer
 from engine.parallel.collectives import Pending, start_receive, start_send
+from engine.parallel.context import ContextShard, choose_rows, deal_rows
 from engine.sampler.draw import Drawing, Drawn
 from engine.sampler.scheduler import Step
 from engine.sampler.slots import Slots
 
 STREAM, DRAWN = 0, 1  # tags of messages between stages
+SHARED_ROWS = 128  # from so many for each context-parallel rank on, a step's rows are worth dealing out
 
 
 @dataclass
@@ -39,9 +44,16 @@ class Flight:
     tokens: np.ndarray  # int32 [T]
     plan: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # what AttentionPlan.build takes
     drawing: Drawing
+    context: ContextShard | None = None  # this rank's share of the rows, where they are dealt out
+    sampled_rows: Tensor | None = None  # then: which rows are sampled from
     stream: Tensor | None = None  # between two chunks of layers of one rank
     drawn: Drawn | None = None
     message: Pending[Tensor] | None = None  # from the last stage
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that this rank computes."""
+        return len(self.tokens) if self.context is None else self.context.plan.num_tokens
 
     def results(self) -> Drawn:
         """The sampled tokens; waits for them."""
@@ -110,6 +122,13 @@ class Runner:
         width = int(-(-context.max() // self.page_size))
         tables = np.ascontiguousarray(slots.block_tables[step.slots, :width])
         flight = Flight(step, tokens, (start, context, positions, tables), Drawing(step, slots))
+        group = self.model.mesh.cp
+        if group.size > 1 and len(tokens) >= SHARED_ROWS * group.size:
+            plan = AttentionPlan()
+            plan.build(*flight.plan, self.page_size)
+            lengths = num_new.tolist()
+            flight.context = ContextShard(group, deal_rows(lengths, group.size, computed.tolist()), lengths, plan)
+            flight.sampled_rows = torch.from_numpy(flight.drawing.distinct_rows())
         if not self.model.has_last and len(flight.drawing):
             last = self.stages.size - 1
             size = (flight.drawing.message_size,)
@@ -132,10 +151,17 @@ class Runner:
         if not here.last:
             self._pass_on(flight, hidden)
         elif len(flight.drawing):
+            if flight.sampled_rows is not None:
+                choice = choose_rows(flight.sampled_rows, flight.context)
+                hidden = choice.gather(choice.take(hidden))
             flight.drawn = flight.drawing.draw(hidden, self.model)
             self._tell(flight)
 
     def _forward(self, flight: Flight, chunk: int, stream: Tensor | None) -> Tensor:
+        if flight.context is not None:  # so many rows that nothing is won by a recording
+            tokens = torch.from_numpy(flight.tokens)[flight.context.rows]
+            batch = TokenBatch(tokens, flight.context.plan, KVView(self.keys, self.values), context=flight.context)
+            return self.model.forward(batch, stream, chunk)
         total = len(flight.tokens)
         self._plan.build(*flight.plan, self.page_size)
         if self.model.chunks[chunk].first:
@@ -163,7 +189,7 @@ class Runner:
         """The residual stream of the chunk before, [T, D]."""
         if flight.stream is not None:
             return flight.stream
-        shape, before = (len(flight.tokens), self.model.config.hidden_size), (self.stages.index - 1) % self.stages.size
+        shape, before = (flight.num_rows, self.model.config.hidden_size), (self.stages.index - 1) % self.stages.size
         return start_receive(shape, self.model.dtype, self.stages, before, tag=STREAM).wait()
 
     def _pass_on(self, flight: Flight, hidden: Tensor) -> None:

@@ -11,6 +11,7 @@ from engine.config import OptimizerConfig
 from engine.errors import ConfigError, InputError, NumericsError
 from engine.kernels.weight import Weight
 from engine.optim import AdamW, learning_rate
+from engine.parallel.ownership import Shares
 
 
 def make_weights(dtype=torch.float32, seed=0):
@@ -60,7 +61,7 @@ def test_steps_equal_the_plain_definition(config, dtype):
         for weight in weights:
             weight.zero_grad()
     expected, norms = plain_adamw(weights, gradients, rates, config)
-    optimizer = AdamW(weights, config)
+    optimizer = AdamW(Shares.single(weights), config)
     for step, rate in enumerate(rates):
         fill_gradients(weights, step)
         assert optimizer.step(rate) == pytest.approx(norms[step], rel=1e-6)
@@ -71,7 +72,7 @@ def test_steps_equal_the_plain_definition(config, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compute_weight_is_its_master_rounded(dtype):
     weights = make_weights(dtype)
-    optimizer = AdamW(weights, OptimizerConfig())
+    optimizer = AdamW(Shares.single(weights), OptimizerConfig())
     fill_gradients(weights, 0)
     optimizer.step(1e-2)
     for weight in weights:
@@ -84,7 +85,7 @@ def test_compute_weight_is_its_master_rounded(dtype):
 
 def test_a_step_in_bf16_smaller_than_half_a_unit_is_kept_by_the_master():
     weights = make_weights(torch.bfloat16)
-    optimizer = AdamW(weights, OptimizerConfig(max_grad_norm=0.0))
+    optimizer = AdamW(Shares.single(weights), OptimizerConfig(max_grad_norm=0.0))
     before = weights[0].dense(dtype=torch.float32)
     for _ in range(50):
         for weight in weights:
@@ -97,7 +98,7 @@ def test_a_step_in_bf16_smaller_than_half_a_unit_is_kept_by_the_master():
 def test_compute_weights_stay_where_they_are():
     weights = make_weights()
     addresses = [w.data.data_ptr() for w in weights]
-    optimizer = AdamW(weights, OptimizerConfig())
+    optimizer = AdamW(Shares.single(weights), OptimizerConfig())
     fill_gradients(weights, 0)
     optimizer.step(1e-2)
     assert [w.data.data_ptr() for w in weights] == addresses
@@ -105,7 +106,7 @@ def test_compute_weights_stay_where_they_are():
 
 def test_state_is_made_at_the_first_step():
     weights = make_weights()
-    optimizer = AdamW(weights, OptimizerConfig())
+    optimizer = AdamW(Shares.single(weights), OptimizerConfig())
     assert not optimizer.state
     fill_gradients(weights, 0)
     optimizer.step(1e-2)
@@ -115,7 +116,7 @@ def test_state_is_made_at_the_first_step():
 def test_a_clipped_gradient_points_where_it_did():
     """Adam divides the scale out, so clipping shows in the first moment: it is the gradient at the limit's length."""
     weights = make_weights()
-    optimizer = AdamW(weights, OptimizerConfig(max_grad_norm=1.0))
+    optimizer = AdamW(Shares.single(weights), OptimizerConfig(max_grad_norm=1.0))
     fill_gradients(weights, 0, scale=100.0)
     gradient = weights[0].grad_buffer().clone()
     norm = optimizer.step(1e-3)
@@ -126,7 +127,7 @@ def test_a_clipped_gradient_points_where_it_did():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_takes_no_step(bad):
     weights = make_weights()
-    optimizer = AdamW(weights, OptimizerConfig())
+    optimizer = AdamW(Shares.single(weights), OptimizerConfig())
     fill_gradients(weights, 0)
     optimizer.step(1e-2)
     before = [w.data.clone() for w in weights]
@@ -146,13 +147,13 @@ def test_a_rate_that_cannot_be_used_is_refused(rate):
     weights = make_weights()
     fill_gradients(weights, 0)
     with pytest.raises(InputError, match="learning rate"):
-        AdamW(weights, OptimizerConfig()).step(rate)
+        AdamW(Shares.single(weights), OptimizerConfig()).step(rate)
 
 
 def test_gradients_are_zero_after_a_step():
     weights = make_weights()
     fill_gradients(weights, 0)
-    AdamW(weights, OptimizerConfig()).step(1e-2)
+    AdamW(Shares.single(weights), OptimizerConfig()).step(1e-2)
     assert all((w.grad_buffer() == 0).all() for w in weights)
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig, Sample, SamplingParams
 from engine.config import ParallelConfig
-from engine.parallel.collectives import Group, all_reduce
+from engine.parallel.collectives import Group
 from engine.parallel.context import ContextShard, choose_rows, deal_rows
 from engine.parallel.mesh import Mesh
+from engine.sampler import runner
+from tests.parallel.gradients import whole_gradients
 from tests.parallel.pool import Pool
 from tests.tiny import FAMILIES, tiny_config
 
@@ -55,12 +57,12 @@ def work(segments: list[tuple[int, int]], lengths: list[int], token_work: int) -
     return total
 
 
-@given(st.lists(st.integers(200, 100_000), min_size=1, max_size=12), sizes)
+@given(st.lists(st.integers(200, 100_000), min_size=1, max_size=12), sizes, st.integers(0, 100_000))
 @settings(deadline=None)
-def test_ranks_have_nearly_the_same_work(lengths: list[int], size: int) -> None:
-    """In matmuls and attention together; where everything is cut, in both alone."""
-    deal = deal_rows(lengths, size)
-    loads = [work(segments, lengths, 8192) for segments in deal.segments]
+def test_ranks_have_nearly_the_same_work(lengths: list[int], size: int, before: int) -> None:
+    """In matmuls and attention together; where everything is cut, in attention alone too."""
+    deal = deal_rows(lengths, size, [before] * len(lengths))
+    loads = [work(segments, lengths, 8192 + before) for segments in deal.segments]
     assert max(loads) <= 1.101 * sum(loads) / size
     if all(deal.cut):
         attention = [work(segments, lengths, 0) for segments in deal.segments]
@@ -113,9 +115,8 @@ def test_chosen_rows_are_found_where_they_are() -> None:
 def engine_of(architecture: str, dtype: str, single: bool = False, parallel: dict[str, Any] | None = None,
               **settings: Any) -> Engine:  # fmt: skip
     config = EngineConfig(
-        dtype=dtype, kv_tokens=2048, max_batch_tokens=64, max_seqs=8, threads=1,
-        parallel=ParallelConfig(**(parallel or {})), **settings,
-    )  # fmt: skip
+        dtype=dtype, max_batch_tokens=64, max_seqs=8, threads=1, parallel=ParallelConfig(**(parallel or {})), **settings
+    )
     mesh = Mesh.single() if single else None
     return Engine.from_config(tiny_config(architecture, initializer_range=0.2), config, mesh=mesh)
 
@@ -143,7 +144,7 @@ def scored_and_trained(architecture: str, dtype: str, loss: str, shapes: list[tu
     samples = samples_of(shapes)
     scored = engine.score([sample.tokens for sample in samples], 0.8)
     stats = engine.forward_backward(samples, loss)
-    gradients = [all_reduce(w.grad_buffer().double(), engine.mesh.cp) for w in engine.model.weights()]
+    gradients = [gradient.double() for gradient in whole_gradients(engine.trainer)]
     engine.close()
     return {"scored": scored, "logprobs": stats.logprobs, "loss": stats.loss, "metrics": stats.metrics,
             "gradients": gradients}  # fmt: skip
@@ -216,22 +217,68 @@ def test_gradients_add_up_over_four_ranks(pool4: Pool) -> None:
             assert largest_error(ours["gradients"], one["gradients"]) < limit
 
 
-def sampled_and_trained(dtype: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    engine = engine_of("Qwen3ForCausalLM", dtype, parallel=parallel)
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (5, 200, 33)]
-    groups = engine.generate(prompts, SamplingParams(n=2, max_tokens=12, seed=3, temperature=0.9))
+def sampled_and_trained(dtype: str, single: bool, parallel: dict[str, Any], **sizes: Any) -> dict[str, Any]:
+    """What is sampled and then trained on, with the rows of all but the smallest steps dealt out."""
+    engine, sampled = sample(dtype, single, parallel, **sizes)
+    stats = engine.forward_backward(sampled.pop("samples"), "dapo")
+    engine.close()
+    return {**sampled, "difference": stats.max_abs_logprob_difference}
+
+
+def only_sampled(dtype: str, single: bool, parallel: dict[str, Any], **sizes: Any) -> dict[str, Any]:
+    engine, sampled = sample(dtype, single, parallel, **sizes)
+    engine.close()
+    return sampled
+
+
+def sample(dtype: str, single: bool, parallel: dict[str, Any], **sizes: Any) -> tuple[Engine, dict[str, Any]]:
+    shares = []
+
+    def counted(*arguments: Any) -> ContextShard:
+        shares.append(ContextShard(*arguments))
+        return shares[-1]
+
+    before = runner.SHARED_ROWS, runner.ContextShard
+    runner.SHARED_ROWS, runner.ContextShard = 8, counted  # type: ignore[misc, assignment]
+    try:
+        engine = engine_of("Qwen3ForCausalLM", dtype, single, parallel, **sizes)
+        generator = torch.Generator().manual_seed(1)
+        prompts = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (5, 200, 33, 16)]
+        prompts.append(prompts[1][:96] + prompts[2])  # its beginning is in the cache, or comes to be
+        groups = engine.generate(prompts, SamplingParams(n=2, max_tokens=12, seed=3, temperature=0.9, logprobs=2))
+    finally:
+        runner.SHARED_ROWS, runner.ContextShard = before  # type: ignore[misc]
     completions = [c for group in groups for c in group]
     samples = [Sample.from_completion(c.prompt_token_ids, c, 1.0 - i % 2, 0.9) for i, c in enumerate(completions)]
-    stats = engine.forward_backward(samples, "dapo")
-    engine.close()
-    return {"tokens": [c.token_ids for c in completions], "difference": stats.max_abs_logprob_difference,
-            "sampled": [c.logprobs for c in completions]}  # fmt: skip
+    return engine, {
+        "tokens": [c.token_ids for c in completions],
+        "top": [c.top_logprobs for c in completions],
+        "sampled": [c.logprobs for c in completions],
+        "samples": samples,
+        "shares": [len(share.rows) for share in shares],
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sampled_equals_trained_bitwise(pool2: Pool, dtype: str) -> None:
-    first, second = pool2.run(sampled_and_trained, dtype, {"cp": 2})
-    assert first["difference"] == second["difference"] == 0.0
-    assert first["tokens"] == second["tokens"]
-    assert all(map(torch.equal, first["sampled"], second["sampled"]))
+def test_prompts_computed_together_give_the_tokens_of_one_rank_and_are_trained_on_exactly(
+    pool2: Pool, dtype: str
+) -> None:
+    for sizes in ({"kv_tokens": 2048}, {"kv_tokens": 272, "page_size": 16}):  # a pool that makes sequences yield
+        one = sampled_and_trained(dtype, True, {}, **sizes)
+        results = pool2.run(sampled_and_trained, dtype, False, {"cp": 2}, **sizes)
+        rows = [sum(ours["shares"]) for ours in results]
+        assert min(rows) > 130 and max(rows) < 1.2 * min(rows), f"rows of prompts on each rank: {rows}"
+        for ours in results:
+            assert ours["difference"] == 0.0
+            assert ours["tokens"] == one["tokens"]
+            assert ours["top"] == one["top"]
+            assert all(map(torch.equal, ours["sampled"], one["sampled"]))
+
+
+@pytest.mark.parametrize("other", ["pp", "tp"])
+def test_prompts_are_computed_together_on_other_meshes_too(pool2: Pool, pool4: Pool, other: str) -> None:
+    one = pool2.run(only_sampled, "bfloat16", False, {other: 2}, kv_tokens=2048)[0]
+    for ours in pool4.run(only_sampled, "bfloat16", False, {other: 2, "cp": 2}, kv_tokens=2048):
+        assert sum(ours["shares"]) > 130
+        assert ours["tokens"] == one["tokens"]
+        assert all(map(torch.equal, ours["sampled"], one["sampled"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_row_shards_partition_the_rows_on_panel_boundaries(rows: int, shards: in
         return
     spans = [row_shard(rows, shards, index) for index in range(shards)]
     assert spans[0].first == 0 and spans[-1].end == rows
-    assert all(a.end == b.first and b.first % 16 == 0 for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end == b.first and b.first % 16 == 0 for a, b in itertools.pairwise(spans))
     assert max(s.size for s in spans) - min(s.size for s in spans) <= 31
 
 

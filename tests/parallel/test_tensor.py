@@ -14,7 +14,7 @@ from engine.kernels.weight import Weight
 from engine.parallel import tensor as tensor_module
 from engine.parallel.collectives import all_gather
 from engine.parallel.mesh import Mesh, make_mesh
-from engine.parallel.tensor import column_linear, row_linear, sum_shared_rows
+from engine.parallel.tensor import column_linear, row_linear
 from tests.parallel.pool import Pool
 from tests.tiny import FAMILIES, tiny_config
 
@@ -98,8 +98,6 @@ def gradients(architecture: str, dtype: str, tp: int, sequence_parallel: bool, *
         engine.model.checkpointing = options.get("checkpointing", False)
         engine.forward_backward(samples, "sft")
     parallel, single = engines
-    shared = [(p.weight.grad_buffer()[p.row : p.row + p.rows], p.holders) for p in parallel.model.partial_gradients()]
-    sum_shared_rows(shared, parallel.mesh.tp)
     whole = {part.name: part.weight.grad_buffer()[part.row : part.row + part.shape[0]] for part in single.model.parts()}
     worst = 0.0
     for part in parallel.model.parts():
