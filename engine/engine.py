@@ -89,11 +89,6 @@ class Engine:
         """Ends this engine's part in the group of ranks; every rank calls it. The engine is not used after it."""
         self.mesh.close()
 
-    def agree_any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is True on any: what one rank was told (a signal, a full disk), all act on after
-        the same step. Every rank calls it. Raises ParallelError."""
-        return self.mesh.agree_any(flag)
-
     # ---- sampling ----
 
     def generate(

@@ -85,10 +85,6 @@ class Mesh:
                 f"{', '.join(map(str, others))} than on rank 0; every rank makes the same calls"
             )
 
-    def agree_any(self, flag: bool) -> bool:
-        """True on every rank if it is True on any of them: so that no rank stops, or goes on, alone."""
-        return bool(all_gather(torch.tensor([flag]), self.world).any())
-
     def close(self) -> None:
         """Ends the groups; the processes stay connected for other meshes until they exit."""
         handles = {id(g.handle): g.handle for g in self._groups() if g.handle not in (None, dist.group.WORLD)}

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ def train(directory: Path, parallel: ParallelConfig, steps: int, die: tuple[int,
     rank, and the step at which it kills itself in the first start."""
     start = times_restarted()
     engine = Engine.from_config(tiny_config(), EngineConfig(dtype="float32", parallel=parallel), seed=1)
-    step = engine.load_state(directory / "state")["step"] if start and has_state(directory) else 0
+    step = engine.load_state(directory / "state")["step"] if start and Engine.has_state(directory / "state") else 0
     while step < steps:
         if start == 0 and die == (engine.mesh.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -49,11 +48,6 @@ def samples_of(step: int) -> list[Sample]:
     lengths = torch.randint(4, 24, (SAMPLES,), generator=generator).tolist()
     rows = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
     return [Sample(tokens=row, loss_mask=[0] + [1] * (len(row) - 1)) for row in rows]
-
-
-def has_state(directory: Path) -> bool:
-    """Whether a state was ever completed: a save that was cut short leaves the one before under another name."""
-    return any(directory.glob("*state*/state.json"))
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -89,7 +83,8 @@ class Ranks:
                 "TORCHELASTIC_RESTART_COUNT": self.starts,
                 "GLOO_SOCKET_IFNAME": "lo",
             }
-            arguments = ({key: str(value) for key, value in variables.items()}, self.log(rank), self.directory, parallel, steps)
+            environment = {key: str(value) for key, value in variables.items()}
+            arguments = (environment, self.log(rank), self.directory, parallel, steps)
             self.workers.append(context.Process(target=_program, args=arguments, daemon=True))
         for worker in self.workers:
             worker.start()
