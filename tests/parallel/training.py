@@ -28,7 +28,9 @@ def train(directory: Path, parallel: ParallelConfig, steps: int, die: tuple[int,
     rank, and the step at which it kills itself in the first start."""
     start = times_restarted()
     engine = Engine.from_config(tiny_config(), EngineConfig(dtype="float32", parallel=parallel), seed=1)
-    step = engine.load_state(directory / "state")["step"] if start and Engine.has_state(directory / "state") else 0
+    state = directory / "state"
+    resume = start > 0 and engine.ranks.once(lambda: Engine.has_state(state))
+    step = engine.load_state(state)["step"] if resume else 0
     while step < steps:
         if start == 0 and die == (engine.mesh.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -38,7 +40,7 @@ def train(directory: Path, parallel: ParallelConfig, steps: int, die: tuple[int,
             with (directory / "losses.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "loss": stats.loss, "start": start}) + "\n")
         step += 1
-        engine.save_state(directory / "state", {"step": step})
+        engine.save_state(state, {"step": step})
     engine.close()
 
 
