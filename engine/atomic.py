@@ -3,7 +3,8 @@
 A directory `runs/model` is written as `runs/.model.tmp`, flushed to the disk, and renamed into place. One that stands
 there already is first renamed to `runs/.model.old` and removed last. So at every moment a complete directory exists:
 `model` itself, or, between the two renames, `.model.old` beside a complete `.model.tmp`. `recover` puts that moment
-right and must be called before reading. One writer per directory at a time.
+right and must be called before reading. One writer per directory at a time, or several ranks of one run that write
+their files between the `begin` and the `commit` of one of them.
 """
 
 from __future__ import annotations
@@ -19,38 +20,65 @@ from pathlib import Path
 from engine.errors import CheckpointError
 
 
+class Replacement:
+    """The steps of replacing a directory: `begin`, files under `temporary`, `commit`; or `abandon`.
+
+    `begin` and `commit` raise CheckpointError for a `path` that holds an entry matching none of the patterns in `owns`
+    (replacing it would delete somebody else's file), and OSError for whatever the disk refuses.
+    """
+
+    def __init__(self, path: str | Path, owns: Sequence[str] = ("*",)) -> None:
+        self.target = Path(path).resolve()
+        self.temporary = self.target.with_name(f".{self.target.name}.tmp")
+        self._old = _old(self.target)
+        self._owns = owns
+
+    def begin(self) -> None:
+        """Makes an empty `temporary`."""
+        recover(self.target)
+        _refuse_foreign(self.target, self._owns)
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)  # of a writer that was killed
+        self.temporary.mkdir(parents=True)
+
+    def commit(self) -> None:
+        """Puts `temporary` in the place of the target, once every file of it is on the disk."""
+        _flush(self.temporary)
+        if self.target.exists():
+            os.rename(self.target, self._old)
+        os.rename(self.temporary, self.target)
+        _flush_directory(self.target.parent)
+        shutil.rmtree(self._old, ignore_errors=True)  # what cannot be removed now is removed by the next `recover`
+
+    def abandon(self) -> None:
+        """Removes what was written; what stood at the target before stays."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        recover(self.target)
+
+
 @contextmanager
 def atomic_directory(path: str | Path, owns: Sequence[str] = ("*",)) -> Iterator[Path]:
     """`with atomic_directory(path) as tmp:` write files under `tmp`; they appear as `path` when the block ends.
 
     If the block raises, or the process dies at any moment, what stood at `path` before is still there, and nothing
-    half-written is. A `path` that already holds an entry matching none of the patterns in `owns` is refused before
-    anything is written: replacing it would delete somebody else's file. Files of the old directory are not carried
-    over. Raises CheckpointError for that and for whatever the disk refuses (full, read-only, no permission).
+    half-written is. Files of the old directory are not carried over. Raises CheckpointError for foreign files in it
+    (see `Replacement`) and for whatever the disk refuses (full, read-only, no permission).
     """
-    target = Path(path).resolve()
-    temporary, old = _temporary(target), _old(target)
+    replacement = Replacement(path, owns)
     try:
-        recover(target)
-        _refuse_foreign(target, owns)
-        if temporary.exists():
-            shutil.rmtree(temporary)  # of a writer that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        _flush(temporary)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-        _flush_directory(target.parent)
-        shutil.rmtree(old, ignore_errors=True)  # what cannot be removed now is removed by the next `recover`
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover(target)
-        raise CheckpointError(f"cannot write {target}: {_remedy(error, target)}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover(target)
+        replacement.begin()
+        yield replacement.temporary
+        replacement.commit()
+    except BaseException as error:
+        replacement.abandon()
+        if isinstance(error, OSError):
+            raise write_error(error, replacement.target) from error
         raise
+
+
+def write_error(error: OSError, target: Path) -> CheckpointError:
+    """The error to raise when the disk refused a file of the directory `target`: it says what to do."""
+    return CheckpointError(f"cannot write {target}: {_remedy(error, target)}")
 
 
 def recover(path: str | Path) -> None:
@@ -61,12 +89,12 @@ def recover(path: str | Path) -> None:
         return
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
-    else:
+        return
+    try:
         os.rename(old, target)
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp")
+    except FileNotFoundError:
+        if not target.exists():  # unless another rank was faster
+            raise
 
 
 def _old(target: Path) -> Path:

@@ -1,23 +1,34 @@
-"""Hugging Face directories in and out, tensor by tensor: never more than one tensor is held beside the model."""
+"""Hugging Face directories in and out, tensor by tensor: never more than one tensor is held beside the model.
+
+Each rank reads the regions of tensors that it holds; one rank writes what the others send to it, a block at a time.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from engine.architectures import model_config_from_hf, model_config_to_hf
-from engine.atomic import atomic_directory, recover
+from engine.atomic import Replacement, recover, write_error
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
+from engine.gather import Gatherer
+from engine.parallel.mesh import Mesh
+from engine.parallel.together import together
+from engine.parts import EMBEDDING, HEAD, Part, tensor_shapes
+from engine.region import Region, whole
+from engine.tensor_file import DTYPE_NAMES, Entry, header_bytes, raw_bytes, read_header
 
 if TYPE_CHECKING:
     from engine.model import Transformer
-    from engine.parts import Part
     from engine.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -26,8 +37,7 @@ INDEX = "model.safetensors.index.json"
 # What a checkpoint directory may hold for saving to replace it.
 OWNED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_READABLE = {*_DTYPE_NAMES.values()}
+_READABLE = set(DTYPE_NAMES.values())
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints carry; we compute it
 _COMPARE_ROWS = 4096
 
@@ -57,24 +67,27 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def load_weights(directory: str | Path, model: Transformer) -> None:
-    """Fills the model's weights from one or many `.safetensors`.
+    """Fills the model's weights from one or many `.safetensors`: each rank reads the regions that it holds.
 
-    Files, names, shapes and dtypes are all checked before the first weight is written; NaN and infinity are found as
-    each tensor comes. After an error the model's weights are partly filled: drop it. Raises CheckpointError naming
-    file, tensor, what was expected and the remedy.
+    Files, names, shapes and dtypes of the whole checkpoint are all checked before the first weight is written; NaN and
+    infinity are found as each tensor comes. After an error, which every rank raises alike, the model's weights are
+    partly filled: drop it. Raises CheckpointError naming file, tensor, what was expected and the remedy.
     """
-    path = _directory(directory)
-    where = _check(path, model.parts(), model.config.tie_word_embeddings)
+    mesh = model.mesh
+    with together(mesh.world):
+        path = _directory(directory)
+        where = _check(path, tensor_shapes(model.config), model.config.tie_word_embeddings, mesh.is_main)
     by_file: dict[Path, list[Part]] = {}
     for part in model.parts():
         by_file.setdefault(where[part.name], []).append(part)
-    for file, parts in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for part in parts:
-                    _fill(part, tensors, file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+    with together(mesh.world):
+        for file, parts in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for part in parts:
+                        _fill(part, tensors, file)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
 
 
 def save_pretrained(
@@ -86,33 +99,63 @@ def save_pretrained(
 ) -> None:
     """Writes a directory that transformers (4 and 5) and `load_weights` read; weights in the model's own dtype.
 
-    Streams: one tensor at a time is unpacked and written. Atomic: `directory` is the old checkpoint until the new one
-    is complete on the disk. The tokenizer's files go with it. Raises CheckpointError (disk full, weights that are not
-    finite, a directory with foreign files in it) and leaves what was there.
+    Every rank calls it; the main rank writes, tensor by tensor, in blocks of rows that their owners send to it: the
+    same bytes whatever the mesh is. Atomic: `directory` is the old checkpoint until the new one is complete on the
+    disk. The tokenizer's files go with it. Raises CheckpointError (disk full, weights that are not finite, a directory
+    with foreign files in it) on every rank and leaves what was there.
     """
-    config, parts = model.config, model.parts()
-    shards = _plan_shards(parts, model.dtype, max_shard_bytes)
-    with atomic_directory(directory, owns=OWNED) as tmp:
-        _write_json(tmp / "config.json", model_config_to_hf(config, model.dtype))
-        tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(tmp / "generation_config.json", {key: value for key, value in tokens.items() if value is not None})
-        if tokenizer is not None:
-            tokenizer.save(tmp)
+    mesh = model.mesh
+    gatherer = Gatherer(model.parts(), mesh)
+    entries = [Entry(name, model.dtype, shape) for name, shape in tensor_shapes(model.config).items()]
+    shards = _plan_shards(entries, max_shard_bytes)
+    replacement = Replacement(directory, owns=OWNED)
+    tmp = replacement.temporary
+    try:
+        with _written(replacement.target, mesh):
+            if mesh.is_main:
+                replacement.begin()
+                _write_configs(tmp, model, tokenizer)
         weight_map: dict[str, str] = {}
         for index, shard in enumerate(shards):
             name = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            with open(tmp / name, "wb") as file:
-                _write_safetensors(file, shard, model.dtype)
-            weight_map |= {part.name: name for part in shard}
-        if len(shards) > 1:
-            total = sum(_num_bytes(part, model.dtype) for part in parts)
-            _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_shard(tmp / name, shard, gatherer, mesh, replacement.target)
+            weight_map |= {entry.name: name for entry in shard}
+        with _written(replacement.target, mesh):
+            if mesh.is_main:
+                if len(shards) > 1:
+                    total = sum(entry.num_bytes for entry in entries)
+                    _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+                replacement.commit()
+    except BaseException:
+        if mesh.is_main:
+            replacement.abandon()
+        raise
+
+
+@contextmanager
+def _written(target: Path, mesh: Mesh) -> Iterator[None]:
+    """The block on every rank; a disk that refuses, and any other failure of one rank, is raised on all."""
+    with together(mesh.world):
+        try:
+            yield
+        except OSError as error:
+            raise write_error(error, target) from error
+
+
+def _write_configs(tmp: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    config = model.config
+    _write_json(tmp / "config.json", model_config_to_hf(config, model.dtype))
+    tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(tmp / "generation_config.json", {key: value for key, value in tokens.items() if value is not None})
+    if tokenizer is not None:
+        tokenizer.save(tmp)
 
 
 def _fill(part: Part, tensors: Any, file: Path) -> None:
-    """One tensor; on return it is held no more, so that the next one has its memory."""
-    value = tensors.get_tensor(part.name)
-    _refuse_not_finite(value, part.name, str(file), "the file is damaged or its training diverged")
+    """One region; on return it is held no more, so that the next one has its memory."""
+    region = Region(part.origin, part.shape)
+    value = tensors.get_slice(part.name)[region.within(whole(part.whole))]
+    _refuse_not_finite(value, part.name, str(file), "the file is damaged or its training diverged", region)
     part.weight.load_(value, row=part.row)
 
 
@@ -124,35 +167,36 @@ def _directory(directory: str | Path) -> Path:
     return path
 
 
-def _check(path: Path, parts: list[Part], tied: bool) -> dict[str, Path]:
-    """The file of every tensor, after every file, name, shape and dtype was found to be right."""
-    headers = {file: _read_header(file) for file in _weight_files(path)}
+def _check(path: Path, wanted: dict[str, tuple[int, ...]], tied: bool, compare: bool) -> dict[str, Path]:
+    """The file of every tensor, after every file, name, shape and dtype was found to be right. `compare`: look also
+    into the head that a tied model's file repeats, which one rank does for all."""
+    headers = {file: read_header(file) for file in _weight_files(path)}
     where: dict[str, Path] = {}
     for file, header in headers.items():
         for name in header:
             if name in where:
                 raise CheckpointError(f"tensor {name} is in both {where[name]} and {file}; remove the stray file")
             where[name] = file
-    wanted = {part.name: part for part in parts}
     if missing := [name for name in wanted if name not in where]:
         hint = "it is incomplete, or its config.json is of another model"
-        if missing == ["lm_head.weight"]:
+        if missing == [HEAD]:
             hint = "if its head is the embedding, set tie_word_embeddings to true in config.json"
         raise CheckpointError(f"{path} lacks {_listing(missing)}; {hint}")
     spare = [name for name in where if name not in wanted and not name.endswith(_IGNORED_SUFFIXES)]
-    if tied and "lm_head.weight" in spare:
-        _check_tied(where["model.embed_tokens.weight"], where["lm_head.weight"])
-        spare.remove("lm_head.weight")
+    if tied and HEAD in spare:
+        if compare:
+            _check_tied(where[EMBEDDING], where[HEAD])
+        spare.remove(HEAD)
     if spare:
         raise CheckpointError(
             f"{path} holds {_listing(spare)}, which the model of its config.json does not have; "
             "leaving it out would change the model: correct config.json"
         )
-    for name, part in wanted.items():
+    for name, shape in wanted.items():
         entry = headers[where[name]][name]
-        if tuple(entry["shape"]) != part.shape:
+        if tuple(entry["shape"]) != shape:
             raise CheckpointError(
-                f"{where[name]}: {name} has shape {tuple(entry['shape'])}, expected {part.shape} by config.json"
+                f"{where[name]}: {name} has shape {tuple(entry['shape'])}, expected {shape} by config.json"
             )
         if entry["dtype"] not in _READABLE:
             raise CheckpointError(
@@ -183,34 +227,10 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets}, after checking that the file is as long as it says it is."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            text = opened.read(length) if 8 + length <= size else b""
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); check its permissions") from None
-    if size < 8 or 8 + length > size:
-        raise CheckpointError(f"{file} is truncated: {size:,} bytes end inside its header; fetch it again")
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        _ = [(str(entry["dtype"]), tuple(entry["shape"])) for entry in header.values()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from None
-    if size != 8 + length + end:
-        word = "truncated" if size < 8 + length + end else "too long"
-        raise CheckpointError(f"{file} is {word}: {size:,} bytes, expected {8 + length + end:,}; fetch it again")
-    return header
-
-
 def _check_tied(embedding: Path, head: Path) -> None:
     """A tied model's file may repeat the embedding as its head; it may not hold another matrix there."""
     with safe_open(embedding, framework="pt") as left, safe_open(head, framework="pt") as right:
-        a, b = left.get_slice("model.embed_tokens.weight"), right.get_slice("lm_head.weight")
+        a, b = left.get_slice(EMBEDDING), right.get_slice(HEAD)
         same = a.get_shape() == b.get_shape()
         rows = range(0, a.get_shape()[0] if same else 0, _COMPARE_ROWS)
         if not (same and all(torch.equal(a[i : i + _COMPARE_ROWS], b[i : i + _COMPARE_ROWS]) for i in rows)):
@@ -220,54 +240,76 @@ def _check_tied(embedding: Path, head: Path) -> None:
             )
 
 
-def _refuse_not_finite(value: torch.Tensor, name: str, where: str, remedy: str) -> None:
+def _refuse_not_finite(value: Tensor, name: str, where: str, remedy: str, region: Region) -> None:
+    """`value` is `region` of the tensor."""
     if torch.isfinite(value.sum(dtype=torch.float32)):  # one pass; a mask of every value takes eight times as long
         return
     bad = (~torch.isfinite(value)).nonzero()
     if len(bad):  # or else the sum alone was too large
         first = bad[0].tolist()
+        at = [begin + place for begin, place in zip(region.origin, first, strict=True)]
         raise CheckpointError(
             f"{where}: {name} holds NaN or infinity in {len(bad)} of {value.numel()} values, the first "
-            f"({value[tuple(first)].item()}) at {first}; {remedy}"
+            f"({value[tuple(first)].item()}) at {at}; {remedy}"
         )
 
 
-def _plan_shards(parts: list[Part], dtype: torch.dtype, max_shard_bytes: int) -> list[list[Part]]:
-    """Parts in order, a new shard whenever the next would not fit; a tensor beyond the limit has one to itself."""
-    shards: list[list[Part]] = []
+def _plan_shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
+    """Tensors in order, a new shard whenever the next would not fit; one beyond the limit has a shard to itself."""
+    shards: list[list[Entry]] = []
     used = 0
-    for part in parts:
-        size = _num_bytes(part, dtype)
-        if not shards or used + size > max_shard_bytes:
+    for entry in entries:
+        if not shards or used + entry.num_bytes > max_shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append(part)
-        used += size
+        shards[-1].append(entry)
+        used += entry.num_bytes
     return shards
 
 
-def _write_safetensors(file: BinaryIO, parts: list[Part], dtype: torch.dtype) -> None:
-    """The safetensors format: header length (8 bytes, little endian), JSON header padded to 8 bytes, raw tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for part in parts:
-        end = offset + _num_bytes(part, dtype)
-        header[part.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for part in parts:
-        value = part.weight.dense(row=part.row, rows=part.shape[0], dtype=dtype).contiguous()
-        _refuse_not_finite(value, part.name, "the model in memory", "nothing was saved; go back to an earlier one")
-        file.write(value.view(torch.uint8).numpy().data)
+class _ShardFile:
+    """A file of the checkpoint. The first thing that goes wrong ends the writing and is raised by `close`, because the
+    other ranks, which do not know of it, go on sending."""
+
+    def __init__(self, file: Path, entries: list[Entry]) -> None:
+        self._failure: OSError | CheckpointError | None = None
+        self._file: BinaryIO | None = None
+        try:
+            self._file = open(file, "wb")  # noqa: SIM115
+            self._file.write(header_bytes(entries))
+        except OSError as error:
+            self._failure = error
+
+    def write(self, value: Tensor, name: str, block: Region) -> None:
+        if self._failure is not None or self._file is None:
+            return
+        try:
+            remedy = "nothing was saved; go back to an earlier one"
+            _refuse_not_finite(value, name, "the model in memory", remedy, block)
+            self._file.write(raw_bytes(value))
+        except (OSError, CheckpointError) as error:
+            self._failure = error
+
+    def close(self) -> None:
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            raise self._failure
 
 
-def _num_bytes(part: Part, dtype: torch.dtype) -> int:
-    count = dtype.itemsize
-    for size in part.shape:
-        count *= size
-    return count
+def _write_shard(file: Path, entries: list[Entry], gatherer: Gatherer, mesh: Mesh, target: Path) -> None:
+    """One file, written by the main rank from what all send; what stops it is raised on all once they have sent."""
+    shard = _ShardFile(file, entries) if mesh.is_main else None
+    for entry in entries:
+        for block, value in gatherer.blocks(entry.name, entry.shape, entry.dtype):
+            if shard is not None and value is not None:
+                shard.write(value, entry.name, block)
+    with _written(target, mesh):
+        if shard is not None:
+            shard.close()
 
 
 def _listing(names: list[str]) -> str:

@@ -23,10 +23,12 @@ from engine.parallel.launch import ranks_on_this_machine
 from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.ranks import Ranks
 from engine.parallel.shards import Placement
+from engine.parallel.together import together
 from engine.sampler.output import Stream
 from engine.sampler.sampler import Sampler
 from engine.sampler.service import Call, Service
-from engine.state import load_state, save_state
+from engine.saver import StateSaver
+from engine.state import load_state
 from engine.tokenizer import Tokenizer
 from engine.trainer import Trainer
 from engine.types import Completion, Prompt, Sample, SamplingParams, StepStats, TrainStats
@@ -53,6 +55,7 @@ class Engine:
         model.checkpointing = config.activation_checkpointing
         self._sampler: Sampler | None = None
         self._trainer: Trainer | None = None
+        self._saver: StateSaver | None = None
         self._service: Service | None = None
 
     # ---- making one ----
@@ -65,10 +68,13 @@ class Engine:
         ConfigError, ParallelError.
         """
         config = config or EngineConfig()
-        model = Transformer(read_config(path), MODEL_DTYPES[config.dtype], _placement(config, mesh))
+        placement = _placement(config, mesh)
+        with together(placement.mesh.world):
+            model = Transformer(read_config(path), MODEL_DTYPES[config.dtype], placement)
+            has_tokenizer = (Path(path) / "tokenizer.json").exists()
+            tokenizer = Tokenizer.from_pretrained(path) if has_tokenizer else None
         load_weights(path, model)
-        has_tokenizer = (Path(path) / "tokenizer.json").exists()
-        return cls(model, config, Tokenizer.from_pretrained(path) if has_tokenizer else None)
+        return cls(model, config, tokenizer)
 
     @classmethod
     def from_config(
@@ -81,13 +87,20 @@ class Engine:
     ) -> Engine:
         """Random weights, a function of `seed`: those of one model on any mesh. Raises ConfigError, ParallelError."""
         config = config or EngineConfig()
-        model = Transformer(model_config, MODEL_DTYPES[config.dtype], _placement(config, mesh))
+        placement = _placement(config, mesh)
+        with together(placement.mesh.world):
+            model = Transformer(model_config, MODEL_DTYPES[config.dtype], placement)
         model.initialize(seed)
         return cls(model, config, tokenizer)
 
     def close(self) -> None:
-        """Ends this engine's part in the group of ranks; every rank calls it. The engine is not used after it."""
-        self.mesh.close()
+        """Waits for saves under way and ends this engine's part in the group of ranks; every rank calls it. The engine
+        is not used after it. Raises CheckpointError when a save failed."""
+        try:
+            if self._saver is not None:
+                self._saver.close()
+        finally:
+            self.mesh.close()
 
     # ---- sampling ----
 
@@ -155,12 +168,23 @@ class Engine:
     # ---- keeping ----
 
     def save_pretrained(self, path: str | Path) -> None:
-        """A Hugging Face directory that transformers, and `from_pretrained`, load. Atomic. Raises CheckpointError."""
+        """A Hugging Face directory that transformers, and `from_pretrained`, load: the same bytes whatever the mesh is.
+        Atomic. Raises CheckpointError on every rank."""
+        self.wait_for_saves()
         save_pretrained(path, self.model, self.tokenizer)
 
-    def save_state(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
-        """All that training needs to go on bit for bit, with `extra` beside it. Atomic. Raises CheckpointError."""
-        save_state(path, self.trainer, extra or {})
+    def save_state(self, path: str | Path, extra: dict[str, Any] | None = None, wait: bool = True) -> None:
+        """All that training needs to go on bit for bit, on this mesh or another, with `extra` beside it. Atomic.
+
+        With `wait=False` it returns once the state is copied in memory and writes it while training goes on; what goes
+        wrong then is raised by the next save, load, `wait_for_saves` or `close`. Raises CheckpointError on every rank.
+        """
+        self.saver.save(path, extra, wait)
+
+    def wait_for_saves(self) -> None:
+        """Returns when the state that `save_state(wait=False)` took is on the disk. Raises CheckpointError."""
+        if self._saver is not None:
+            self._saver.wait()
 
     @staticmethod
     def has_state(path: str | Path) -> bool:
@@ -169,7 +193,8 @@ class Engine:
         return (Path(path) / "state.json").exists()
 
     def load_state(self, path: str | Path) -> dict[str, Any]:
-        """Restores what `save_state` wrote; returns its `extra`. Raises CheckpointError."""
+        """Restores what `save_state` wrote, on any mesh; returns its `extra`. Raises CheckpointError on every rank."""
+        self.wait_for_saves()
         extra = load_state(path, self.trainer)
         if self._sampler is not None:
             self._sampler.clear()
@@ -193,6 +218,13 @@ class Engine:
         if self._trainer is None:
             self._trainer = Trainer(self.model, self.config)
         return self._trainer
+
+    @property
+    def saver(self) -> StateSaver:
+        """Made at first use, for the trainer."""
+        if self._saver is None:
+            self._saver = StateSaver(self.trainer)
+        return self._saver
 
     @property
     def sampler(self) -> Sampler:

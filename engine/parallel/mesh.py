@@ -144,6 +144,21 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     return Mesh(**mine)
 
 
+def another_group(group: Group, timeout_seconds: float) -> Group:
+    """The same ranks with connections of their own, for a thread beside the one that uses `group`. Every rank of the
+    world calls it at the same point; `close_group` ends it."""
+    if group.size == 1:
+        return group
+    handle = dist.new_group(list(group.ranks), timeout=timedelta(seconds=timeout_seconds))
+    return Group(group.name, group.ranks, group.index, handle)
+
+
+def close_group(group: Group) -> None:
+    """Ends the connections of a group that `another_group` made."""
+    if group.handle is not None and dist.is_initialized():
+        dist.destroy_process_group(group.handle)
+
+
 def fingerprint(*arguments: object) -> int:
     """63 bits that are a function of the arguments' values alone; of what is no plain data, of its type."""
     digest = hashlib.blake2b(msgspec.msgpack.encode(arguments, enc_hook=_plain), digest_size=8).digest()

@@ -1,11 +1,11 @@
-"""Hugging Face directories in and out; the model here is a holder of weights without a forward."""
+"""Hugging Face directories in and out; the model here is as small as one can be."""
 
 import json
 import os
 import resource
 import weakref
-from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,50 +13,29 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.errors import CheckpointError, ConfigError
-from engine.kernels.weight import Weight
+from engine.model import Transformer
 from engine.tokenizer import Tokenizer
 from tests.tiny import FAMILIES, save_hf_tiny, save_tiny_tokenizer, tiny_config
 
 
-@dataclass(frozen=True)
-class HeldPart:
-    name: str
-    weight: Weight
-    row: int
-    shape: tuple[int, ...]
+def make_model(dtype=torch.float32, tied=False):
+    """One layer, nine words; every weight at zero, norms too."""
+    sizes = {"hidden_size": 4, "vocab_size": 9, "intermediate_size": 7, "num_hidden_layers": 1}
+    config = tiny_config(**sizes, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=tied)
+    return Transformer(config, dtype)
 
 
-class HeldModel:
-    """An embedding, one fused matrix made of two pieces, a norm, and a head when it is not tied."""
-
-    def __init__(self, dtype=torch.float32, tied=False):
-        self.dtype = dtype
-        self.config = tiny_config(tie_word_embeddings=tied)
-        embed = Weight("embed", (9, 4), dtype, packed=tied)
-        fused = Weight("fused", (10, 4), dtype, packed=True)
-        self.held = [
-            HeldPart("model.embed_tokens.weight", embed, 0, (9, 4)),
-            HeldPart("model.layers.0.mlp.gate_proj.weight", fused, 0, (3, 4)),
-            HeldPart("model.layers.0.mlp.up_proj.weight", fused, 3, (7, 4)),
-            HeldPart("model.norm.weight", Weight("norm", (4,), dtype, packed=False), 0, (4,)),
-        ]
-        if not tied:
-            self.held.append(HeldPart("lm_head.weight", Weight("head", (9, 4), dtype, packed=True), 0, (9, 4)))
-
-    def parts(self):
-        return self.held
-
-    def tensors(self):
-        return {p.name: p.weight.dense(p.row, p.shape[0]) for p in self.held}
+def tensors_of(model):
+    return {p.name: p.weight.dense(p.row, p.shape[0]) for p in model.parts()}
 
 
 def random_tensors(dtype=torch.float32, tied=False):
     generator = torch.Generator().manual_seed(0)
-    return {p.name: torch.randn(p.shape, generator=generator).to(dtype) for p in HeldModel(tied=tied).parts()}
+    return {p.name: torch.randn(p.shape, generator=generator).to(dtype) for p in make_model(tied=tied).parts()}
 
 
 def filled(dtype=torch.float32, tied=False):
-    model = HeldModel(dtype, tied)
+    model = make_model(dtype, tied)
     for part in model.parts():
         part.weight.load_(random_tensors(dtype, tied)[part.name], row=part.row)
     return model
@@ -72,20 +51,20 @@ def save_sharded(path, tensors):
 
 
 def assert_holds(model, tensors):
-    for name, value in model.tensors().items():
+    for name, value in tensors_of(model).items():
         assert torch.equal(value, tensors[name].to(value.dtype)), name
 
 
 def test_one_file_fills_every_row(tmp_path):
     save_file(random_tensors(), tmp_path / "model.safetensors")
-    model = HeldModel()
+    model = make_model()
     load_weights(tmp_path, model)
     assert_holds(model, random_tensors())
 
 
 def test_shards_fill_every_row(tmp_path):
     save_sharded(tmp_path, random_tensors())
-    model = HeldModel()
+    model = make_model()
     load_weights(tmp_path, model)
     assert_holds(model, random_tensors())
 
@@ -96,9 +75,9 @@ def test_shards_fill_every_row(tmp_path):
 def test_saved_weights_load_back_bit_for_bit(tmp_path, dtype, tied, max_shard_bytes):
     saved = filled(dtype, tied)
     save_pretrained(tmp_path / "out", saved, max_shard_bytes=max_shard_bytes)
-    loaded = HeldModel(dtype, tied)
+    loaded = make_model(dtype, tied)
     load_weights(tmp_path / "out", loaded)
-    assert_holds(loaded, saved.tensors())
+    assert_holds(loaded, tensors_of(saved))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,23 +85,23 @@ def test_saved_file_is_what_the_safetensors_library_reads(tmp_path, dtype):
     saved = filled(dtype)
     save_pretrained(tmp_path / "out", saved)
     theirs = load_file(tmp_path / "out" / "model.safetensors")
-    assert theirs.keys() == saved.tensors().keys()
-    assert all(torch.equal(theirs[name], value) for name, value in saved.tensors().items())
+    assert theirs.keys() == tensors_of(saved).keys()
+    assert all(torch.equal(theirs[name], value) for name, value in tensors_of(saved).items())
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
 
 
 def test_shards_keep_to_the_limit_and_the_index_names_them_all(tmp_path):
     saved = filled()
-    save_pretrained(tmp_path / "out", saved, max_shard_bytes=200)
+    save_pretrained(tmp_path / "out", saved, max_shard_bytes=300)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     sizes = {
         name: sum(t.nbytes for t in load_file(tmp_path / "out" / name).values())
         for name in index["weight_map"].values()
     }
-    assert len(sizes) > 1 and max(sizes.values()) <= 200
+    assert len(sizes) > 1 and max(sizes.values()) <= 300
     assert index["metadata"]["total_size"] == sum(sizes.values())
-    assert index["weight_map"].keys() == saved.tensors().keys()
+    assert index["weight_map"].keys() == tensors_of(saved).keys()
 
 
 def test_saving_takes_the_tokenizer_along_and_writes_the_configs(tmp_path):
@@ -144,7 +123,7 @@ def test_repeated_embedding_of_a_tied_model_is_taken(tmp_path):
     save_file(
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
     )
-    model = HeldModel(tied=True)
+    model = make_model(tied=True)
     load_weights(tmp_path, model)
     assert_holds(model, tensors)
 
@@ -153,20 +132,20 @@ def test_tied_model_with_another_head_is_refused(tmp_path):
     tensors = random_tensors(tied=True)
     save_file(tensors | {"lm_head.weight": torch.zeros(9, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
-        load_weights(tmp_path, HeldModel(tied=True))
+        load_weights(tmp_path, make_model(tied=True))
 
 
 def test_missing_head_of_an_untied_model_says_what_to_set(tmp_path):
     save_file(random_tensors(tied=True), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight; .*set tie_word_embeddings to true"):
-        load_weights(tmp_path, HeldModel())
+        load_weights(tmp_path, make_model())
 
 
 def test_huge_finite_weights_are_taken(tmp_path):
     tensors = random_tensors()
     tensors["model.norm.weight"][:] = 3e38
     save_file(tensors, tmp_path / "model.safetensors")
-    model = HeldModel()
+    model = make_model()
     load_weights(tmp_path, model)
     assert_holds(model, tensors)
 
@@ -174,7 +153,7 @@ def test_huge_finite_weights_are_taken(tmp_path):
 def test_rotary_buffer_of_old_checkpoints_is_ignored(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     save_file(random_tensors() | extra, tmp_path / "model.safetensors")
-    load_weights(tmp_path, HeldModel())
+    load_weights(tmp_path, make_model())
 
 
 def damage_nan(path):
@@ -293,8 +272,8 @@ def damage_nothing_there(path):
         (damage_header, "header cannot be read"),
         (damage_header_entry, "header cannot be read"),
         (damage_empty_index, "names no files"),
-        (damage_missing_shard, r"lacks model-00004-of-00005\.safetensors, which model.*index\.json names"),
-        (damage_truncated_shard, r"model-00004-of-00005\.safetensors is truncated"),
+        (damage_missing_shard, r"lacks model-00011-of-00012\.safetensors, which model.*index\.json names"),
+        (damage_truncated_shard, r"model-00011-of-00012\.safetensors is truncated"),
         (damage_index, "cannot be read as JSON"),
         (damage_twice, "is in both"),
         (damage_pickle, "is a pickle"),
@@ -304,16 +283,16 @@ def damage_nothing_there(path):
 def test_damaged_checkpoint_is_named(tmp_path, damage, words):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        load_weights(tmp_path, HeldModel())
+        load_weights(tmp_path, make_model())
 
 
 @pytest.mark.parametrize("damage", [damage_missing_tensor, damage_shape, damage_truncated_shard, damage_missing_shard])
 def test_damage_is_found_before_the_first_weight_is_written(tmp_path, damage):
     damage(tmp_path)
-    model = HeldModel()
+    model = make_model()
     with pytest.raises(CheckpointError):
         load_weights(tmp_path, model)
-    assert all((value == 0.0).all() for value in model.tensors().values())
+    assert all((value == 0.0).all() for value in tensors_of(model).values())
 
 
 def test_only_one_tensor_is_held_beside_the_model(tmp_path, monkeypatch):
@@ -333,22 +312,26 @@ def test_only_one_tensor_is_held_beside_the_model(tmp_path, monkeypatch):
         def __exit__(self, *_):
             return None
 
-        def get_tensor(self, name):
-            assert not any(reference() is not None for reference in read), f"a tensor outlived the reading of {name}"
-            value = self.file.get_tensor(name)
+        def get_slice(self, name):
+            self.slice = self.file.get_slice(name)
+            return self
+
+        def __getitem__(self, index):
+            assert not any(reference() is not None for reference in read), "a tensor outlived the reading of the next"
+            value = self.slice[index]
             read.append(weakref.ref(value))
             return value
 
     monkeypatch.setattr(checkpoint, "safe_open", Watched)
-    load_weights(tmp_path, HeldModel())
-    assert len(read) == 5
+    load_weights(tmp_path, make_model())
+    assert len(read) == 12
 
 
 def test_disk_that_refuses_leaves_the_old_checkpoint(tmp_path):
     """A file-size limit stands in for a full disk: the write itself fails, as it would there."""
     old = filled()
     save_pretrained(tmp_path / "out", old)
-    new = HeldModel()
+    new = make_model()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
@@ -358,7 +341,7 @@ def test_disk_that_refuses_leaves_the_old_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["out"]
     load_weights(tmp_path / "out", new)
-    assert_holds(new, old.tensors())
+    assert_holds(new, tensors_of(old))
 
 
 def test_model_that_diverged_does_not_replace_a_good_checkpoint(tmp_path):
@@ -370,7 +353,7 @@ def test_model_that_diverged_does_not_replace_a_good_checkpoint(tmp_path):
     ):
         save_pretrained(tmp_path / "out", bad)
     load_weights(tmp_path / "out", bad)
-    assert_holds(bad, old.tensors())
+    assert_holds(bad, tensors_of(old))
 
 
 def test_saving_over_foreign_files_is_refused(tmp_path):
@@ -384,8 +367,8 @@ def test_checkpoint_killed_between_renames_is_read(tmp_path):
     model = filled()
     save_pretrained(tmp_path / "out", model)
     (tmp_path / "out").rename(tmp_path / ".out.old")
-    assert read_config(tmp_path / "out").hidden_size == 64
-    load_weights(tmp_path / "out", HeldModel())
+    assert read_config(tmp_path / "out").hidden_size == 4
+    load_weights(tmp_path / "out", make_model())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -403,7 +386,7 @@ def test_config_saved_by_transformers_is_read(tmp_path, family):
 )
 def test_end_of_sequence_ids_are_those_of_both_files(tmp_path, ours, generation, both):
     model = filled()
-    model.config = tiny_config(eos_token_id=ours)
+    model.config = msgspec.structs.replace(model.config, eos_token_id=ours)
     save_pretrained(tmp_path / "out", model)
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert read_config(tmp_path / "out").eos_token_ids == both

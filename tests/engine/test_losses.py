@@ -184,6 +184,22 @@ def test_metrics_equal_their_plain_definitions_over_two_micro_batches():
     assert result == pytest.approx(expected, rel=1e-9)
 
 
+def test_merged_metrics_do_not_show_who_saw_what():
+    batches = [make_batch(seed=seed, counts=[3, 5 + seed]) for seed in range(5)]
+
+    def gathered(*groups):
+        parts = []
+        for group in groups:
+            parts.append(LossMetrics())
+            for index in group:
+                parts[-1].add(batches[index], Loss("dapo").per_token(batches[index])[1])
+        for other in parts[1:]:
+            parts[0].merge(other)
+        return parts[0].result()
+
+    assert gathered([0, 1, 2, 3, 4]) == gathered([3], [1, 4], [], [0, 2]) == gathered([4, 3, 2], [1, 0])
+
+
 def test_metrics_leave_out_what_was_not_given():
     batch = make_batch()
     batch.old_logprobs = torch.full_like(batch.old_logprobs, math.nan)

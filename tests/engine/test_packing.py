@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.packing import pack
+from engine.packing import pack, pack_at_least
 
 
 def plain_first_fit_decreasing(lengths, capacity):
@@ -61,3 +61,19 @@ def test_packing_descends_a_tree_rather_than_walking_the_bins():
     lengths = [1 + (7919 * i) % 8000 for i in range(100_000)]
     packing = pack(lengths, 8192)
     assert packing.fill > 0.98
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 1000), st.integers(1, 70))
+def test_as_many_bins_as_asked_for_where_there_are_samples(lengths, capacity, least):
+    packing = pack_at_least(lengths, capacity, least)
+    assert len(packing.bins) >= min(least, len(lengths))
+    assert packing.capacity <= capacity
+    assert sorted(index for members in packing.bins for index in members) == list(range(len(lengths)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+def test_the_capacity_stays_where_there_are_bins_enough(lengths, capacity):
+    packing = pack(lengths, capacity)
+    assert pack_at_least(lengths, capacity, len(packing.bins)) == packing

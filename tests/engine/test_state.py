@@ -89,7 +89,7 @@ def test_loading_goes_back_and_drops_what_came_after(tmp_path):
 
 
 def test_large_states_are_cut_into_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.state.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("engine.pieces.FILE_BYTES", 100_000)
     first, second = make_trainer(), make_trainer()
     train_step(first, 0)
     save_state(tmp_path / "state", first)
@@ -118,13 +118,14 @@ def edit_header(path, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "cannot be read"),
+        (truncate, "is truncated"),
         (lambda path: next(path.glob("*.safetensors")).unlink(), "cannot be read"),
         (lambda path: (path / "state.json").unlink(), "no saved state"),
         (lambda path: (path / "state.json").write_text("{"), "damaged"),
+        (lambda path: edit_header(path, format=1), "format 1; this engine reads format 2"),
         (lambda path: edit_header(path, format=99), "format 99"),
         (lambda path: edit_header(path, dtype="bfloat16"), "EngineConfig.dtype"),
-        (lambda path: edit_header(path, files={}), "another model"),
+        (lambda path: edit_header(path, files=[]), "not complete"),
     ],
 )
 def test_a_damaged_state_is_refused_before_a_weight_is_touched(tmp_path, damage, message):

@@ -141,3 +141,38 @@ def test_weight_on_the_meta_device_has_the_size_of_a_real_one_and_no_memory(dtyp
     assert weight.data.is_meta and gradient.is_meta
     assert weight.nbytes == real.nbytes and gradient.shape == real.grad_buffer().shape
     assert not Weight("w", (41, 131), dtype, packed=True).data.is_meta
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slice_shares_the_storage(dtype: torch.dtype, packed: bool) -> None:
+    expected = torch.randn(75, 13).to(dtype)
+    weight = Weight("w", (75, 13), dtype, packed=packed)
+    weight.load_(expected)
+    for row, rows in ((16, 32), (64, 11), (0, 75)):
+        part = weight.slice(row, rows)
+        assert_same_bits(part.dense(), expected[row : row + rows], f"rows [{row}, {row + rows})")
+        expected[row : row + rows] = torch.randn(rows, 13).to(dtype)
+        part.load_(expected[row : row + rows])
+        assert_same_bits(weight.dense(), expected, f"after loading [{row}, {row + rows})")
+    assert weight.slice(16, 32).name == "w[16:48]" and weight.slice(0, 75).name == "w"
+
+
+def test_a_slice_has_a_gradient_of_its_own_unless_it_shares() -> None:
+    weight = Weight("w", (40, 3), torch.float32, packed=True)
+    own, shared = weight.slice(16, 24), weight.slice(16, 24, share_grad=True)
+    own.grad_buffer().fill_(1.0)
+    assert weight.grad is None
+    weight.grad_buffer().fill_(2.0)
+    assert (shared.grad_buffer() == 2.0).all() and (own.grad_buffer() == 1.0).all()
+    weight.slice(16, 24, share_grad=True).zero_grad()
+    assert float(weight.grad_buffer().sum()) == 2.0 * 16 * 3
+
+
+def test_a_packed_weight_is_cut_between_panels() -> None:
+    weight = Weight("w", (40, 3), torch.float32, packed=True)
+    for row, rows in ((8, 16), (0, 20)):
+        with pytest.raises(InputError, match="whole panels"):
+            weight.slice(row, rows)
+    with pytest.raises(InputError, match="outside"):
+        weight.slice(32, 16)

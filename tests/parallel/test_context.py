@@ -217,6 +217,38 @@ def test_gradients_add_up_over_four_ranks(pool4: Pool) -> None:
             assert largest_error(ours["gradients"], one["gradients"]) < limit
 
 
+def learn(architecture: str, single: bool, parallel: dict[str, Any]) -> dict[str, Any]:
+    """Ten steps in float64."""
+    engine = engine_of(architecture, "float64", single, parallel, train_batch_tokens=200)
+    losses, norms = [], []
+    for _ in range(10):
+        losses.append(engine.forward_backward(samples_of(SHAPES), "dapo").loss)
+        norms.append(engine.optim_step(1e-3).grad_norm)
+    weights = [weight.dense() for weight in engine.model.weights()]
+    engine.close()
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def assert_learned_alike(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    for ours in ranks:
+        for name in ("losses", "norms"):
+            assert ours[name] == pytest.approx(one[name], rel=1e-10, abs=1e-10), name
+        if ours["weights"][0].shape == one["weights"][0].shape:  # not a tensor-parallel shard
+            assert largest_error(ours["weights"], one["weights"]) < 1e-10
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "MistralForCausalLM"])
+def test_ten_steps_agree_with_those_of_one_rank(pool2: Pool, architecture: str) -> None:
+    one = learn(architecture, True, {})
+    assert_learned_alike(pool2.run(learn, architecture, False, {"cp": 2}), one)
+
+
+def test_ten_steps_agree_with_those_of_one_rank_on_four(pool4: Pool) -> None:
+    one = learn("Qwen3ForCausalLM", True, {})
+    for parallel in ({"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 2, "dp": 2}):
+        assert_learned_alike(pool4.run(learn, "Qwen3ForCausalLM", False, parallel), one)
+
+
 def sampled_and_trained(dtype: str, single: bool, parallel: dict[str, Any], **sizes: Any) -> dict[str, Any]:
     """What is sampled and then trained on, with the rows of all but the smallest steps dealt out."""
     engine, sampled = sample(dtype, single, parallel, **sizes)

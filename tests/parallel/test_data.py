@@ -153,6 +153,11 @@ def test_the_size_of_blocks_changes_the_norm_alone() -> None:
     assert_same({**small, "norms": big["norms"]}, big)
 
 
+def test_lanes_decide_the_bits() -> None:
+    """Or the tests above would hold for any way of dealing."""
+    assert alone(1)["norms"] != alone(2)["norms"]
+
+
 def test_lanes_regroup_a_sum_and_no_more() -> None:
     one, four = (gradient_of(make_trainer(Mesh.single(), "float64", parallel=ParallelConfig(gradient_lanes=lanes)))
                  for lanes in (1, 4))  # fmt: skip
@@ -190,6 +195,22 @@ def test_tensor_and_data_parallel_equal_one_rank_in_float64(pool4: Pool, sequenc
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, equal_nan=True)
         for key, value in result["dense"].items():
             torch.testing.assert_close(value, whole[key[0]][result["regions"][key]], rtol=1e-8, atol=1e-10)
+
+
+def learn_with_context_parallel(config: ParallelConfig) -> dict[str, Any]:
+    with blocks_of(1024):
+        return learn(make_trainer(make_mesh(config), "float64", parallel=config), steps=3)
+
+
+def test_context_and_data_parallel_equal_one_rank_in_float64(pool4: Pool) -> None:
+    expected = learn(make_trainer(Mesh.single(), "float64", parallel=ParallelConfig(gradient_lanes=2)), steps=3)
+    results = pool4.run(learn_with_context_parallel, ParallelConfig(dp=2, cp=2))
+    for result in results:
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-10)
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-10)
+        for name, weight in result["weights"].items():
+            torch.testing.assert_close(weight, expected["weights"][name], rtol=1e-8, atol=1e-10)
+            assert torch.equal(weight, results[0]["weights"][name])
 
 
 # ---- shares ----
@@ -337,3 +358,42 @@ def test_every_lane_has_the_micro_batches_it_was_promised() -> None:
     assert stats.metrics["micro_batches"] >= 6
     few: list[Sample] = make_samples(count=3)
     assert trainer.forward_backward(few, "sft").metrics["micro_batches"] == 3
+
+
+# ---- an embedding on two stages ----
+
+
+def tied_gradients() -> list[bool]:
+    """Whether the two copies of a tied embedding hold the sum of their gradients after each of two calls."""
+    mesh = make_mesh(ParallelConfig(pp=2, dp=dist.get_world_size() // 2))
+    model = Transformer(tiny_config(tie_word_embeddings=True), torch.float32, Placement(mesh))
+    with blocks_of(1024):
+        trainer = Trainer(model, EngineConfig(dtype="float32"))
+    weight, reducer = model.tied_weight, trainer.reducer
+    assert weight is not None
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(weight.shape)
+    right = []
+    for _ in range(2):
+        reducer.begin()
+        reducer.begin_lane(1, [True] * mesh.dp.size)
+        # [replica, stage, ...]: every rank draws them all; small whole numbers, so that any order gives the same sum
+        made = torch.randint(-9, 9, (mesh.dp.size, 2, *weight.shape), generator=generator).float()
+        weight.grad_buffer().add_(made[mesh.dp.index, mesh.pp.index])
+        reducer.finish_lane()
+        reducer.finish()
+        expected += made.sum((0, 1))
+        bucket = next(b for b in reducer.shares.buckets if b.blocks[0].weight is weight)
+        mine = [b for b, owner in zip(bucket.blocks, bucket.owners, strict=True) if owner == mesh.data.index]
+        right += [
+            torch.equal(own.grad_buffer(), expected[block.row : block.row + block.rows])
+            for block, own in zip(mine, bucket.own, strict=True)
+        ]
+    mesh.close()
+    return right
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_copies_of_a_tied_embedding_have_one_gradient(pool2: Pool, pool4: Pool, size: int) -> None:
+    for right in (pool2 if size == 2 else pool4).run(tied_gradients):
+        assert all(right) and len(right) >= 2
