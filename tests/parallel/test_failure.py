@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ import pytest
 from engine import ParallelConfig
 from tests.parallel.training import Ranks, losses
 
-STEPS = 40
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,13 +39,19 @@ def lines(directory: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
 def kill_at_random(ranks: Ranks, victim: int, draw: random.Random) -> None:
-    """Kills one rank somewhere in its next few steps; the others must end in time and name it."""
-    directory, size = ranks.directory, len(ranks.workers)
-    before, until = lines(directory), time.monotonic() + 30
-    while lines(directory) == before and time.monotonic() < until:
-        time.sleep(0.005)
-    time.sleep(draw.uniform(0.0, 0.15))
+    """Kills one rank while it makes its groups and its model, loads, steps, or saves; the others must end in time and
+    name it."""
+    size = len(ranks.workers)
+    wait_until(ranks.connected)
+    time.sleep(draw.uniform(0.0, 0.5))
     assert ranks.workers[victim].is_alive(), ranks.log(victim).read_text()
     pid = ranks.kill(victim)
     killed = time.monotonic()
@@ -83,6 +88,7 @@ def test_rank_killed_at_a_random_moment_ends_the_others_and_nothing_is_lost(
 def test_fewer_data_parallel_ranks_go_on_along_the_same_curve(ranks: Ranks, tmp_path: Path) -> None:
     """A rank is lost for good: the one that is left takes over both gradient lanes, which the state knows of."""
     ranks.start(2, 1000, ParallelConfig())
+    wait_until(lambda: lines(tmp_path) > 2)
     kill_at_random(ranks, 1, random.Random(7))
     steps = max(losses(tmp_path)) + 5
     ranks.start(1, steps, ParallelConfig())

@@ -27,6 +27,7 @@ def train(directory: Path, parallel: ParallelConfig, steps: int, die: tuple[int,
     """Trains on all ranks, going on from the last complete state when torchrun started the ranks again. `die` is a
     rank, and the step at which it kills itself in the first start."""
     start = times_restarted()
+    (directory / f"connected-{start}-{os.environ['RANK']}").touch()
     engine = Engine.from_config(tiny_config(), EngineConfig(dtype="float32", parallel=parallel), seed=1)
     state = directory / "state"
     resume = start > 0 and engine.ranks.once(lambda: Engine.has_state(state))
@@ -96,6 +97,10 @@ class Ranks:
         """kill -9; the process's number."""
         self.workers[rank].kill()
         return self.workers[rank].pid
+
+    def connected(self) -> bool:
+        """Whether all ranks of this start have found one another."""
+        return len(list(self.directory.glob(f"connected-{self.starts - 1}-*"))) == len(self.workers)
 
     def wait(self, seconds: float) -> list[int | None]:
         """The exit codes of all ranks; None for one that did not end in time."""
