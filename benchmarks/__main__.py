@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import decode, exactness_cost, grpo_step, kernels, rollout, train_step
+from benchmarks import decode, exactness_cost, grpo_step, kernels, rollout, scaling, train_step
 from benchmarks.machine import processor, slug
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,6 +25,7 @@ BENCHMARKS = {
     "grpo_step": grpo_step,
     "exactness_cost": exactness_cost,
     "kernels": kernels,
+    "scaling": scaling,
 }
 # Half a billion parameters take minutes a workload on a laptop: the small variants, and no whole GRPO step.
 LARGE = {"qwen3-0.6b": {"rollout": ["--workloads=W2s"], "train_step": ["--workloads=T1s"], "grpo_step": None}}

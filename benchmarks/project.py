@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.workloads import Generation
-from engine import Completion, Engine, EngineConfig, InputError, ModelConfig, Sample, SamplingParams
+from engine import Completion, Engine, EngineConfig, InputError, ModelConfig, ParallelConfig, Sample, SamplingParams
 
 PAGE_SIZE = 16
 
@@ -39,10 +39,17 @@ class Project:
     name = "caduceus"
 
     def __init__(
-        self, model: ModelConfig, works: list[Generation], dtype: str = "bfloat16", checkpoint: Path | None = None
+        self,
+        model: ModelConfig,
+        works: list[Generation],
+        dtype: str = "bfloat16",
+        checkpoint: Path | None = None,
+        parallel: ParallelConfig | None = None,
+        threads: int = 0,
     ) -> None:
         pool = -(-kv_tokens(works) // PAGE_SIZE) * PAGE_SIZE
-        config = EngineConfig(device="cpu", dtype=dtype, kv_tokens=pool, page_size=PAGE_SIZE)
+        config = EngineConfig(device="cpu", dtype=dtype, kv_tokens=pool, page_size=PAGE_SIZE, threads=threads,
+                              parallel=parallel or ParallelConfig())  # fmt: skip
         if checkpoint is not None:
             self.engine = Engine.from_pretrained(checkpoint, config)
         else:

@@ -15,21 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batch import TokenBatch
 from engine.config import EngineConfig
-from engine.errors import EngineError, InputError, NumericsError, ParallelError
+from engine.errors import EngineError, InputError, NumericsError
 from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
-from engine.losses import Loss, LossBatch, LossConfig, LossFunction, LossMetrics
+from engine.losses import Loss, LossConfig, LossFunction, LossMetrics
+from engine.micro_batches import MicroBatches, Totals, described
 from engine.model import Transformer
 from engine.optim import AdamW
 from engine.packing import Packing, pack_at_least
 from engine.parallel.collectives import all_gather_object, start_all_gather_pieces
-from engine.parallel.context import choose_rows
 from engine.parallel.data import GradientReducer, in_place
 from engine.parallel.lanes import deal, rounds, sequence_cost
 from engine.parallel.ownership import Shares, row_blocks
-from engine.targets import Target, inverse_of, make_target, temperatures, token_ids
+from engine.targets import Target, inverse_of, make_target, token_ids
 from engine.types import Sample, StepStats, TrainStats
 
 
@@ -46,28 +45,6 @@ def _torch_on_one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@dataclass
-class _Totals:
-    """What one `forward_backward` gathers over its micro-batches. The two counts are of the whole call, the rest is of
-    what ran here until `merge` brings the other replicas'."""
-
-    num_loss_tokens: int
-    num_loss_samples: int
-    metrics: LossMetrics
-    losses: list[float]
-    max_difference: float | None = None
-
-    def saw(self, difference: float | None) -> None:
-        """Of differences to old log-probabilities, the largest counts."""
-        if difference is not None:
-            self.max_difference = max(self.max_difference or 0.0, difference)
-
-    def merge(self, other: _Totals) -> None:
-        self.metrics.merge(other.metrics)
-        self.losses += other.losses
-        self.saw(other.max_difference)
 
 
 @dataclass
@@ -92,6 +69,7 @@ class Trainer:
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self.model = model
         self.config = config
+        self.micro_batches = MicroBatches(model, config.parallel)
         self.dtype = wide_dtype(model.dtype)  # of log-probabilities, losses and what they are computed from
         self.weight_version = 0
         self.num_accumulated = 0  # forward_backward calls since the last step
@@ -149,7 +127,7 @@ class Trainer:
             raise InputError(
                 f"none of the {len(samples)} samples has a token with loss_mask 1; there is nothing to train"
             )
-        totals = _Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
+        totals = Totals(sum(len(targets[i].positions) for i in chosen), len(chosen), LossMetrics(), [])
         lanes = self._deal(targets, chosen)
         logprobs = [torch.full((len(sample.tokens) - 1,), math.nan, dtype=self.dtype) for sample in samples]
         try:
@@ -220,7 +198,7 @@ class Trainer:
         mine = shares[dp.index]
         batches = [[sequences[chosen[mine.members[i]]] for i in members] for members in mine.packing.bins]
         here = [empty] * len(mine.members)
-        for members, values in zip(mine.packing.bins, self._score_batches(batches, inverse), strict=True):
+        for members, values in zip(mine.packing.bins, self.micro_batches.score(batches, inverse), strict=True):
             for i, value in zip(members, values, strict=True):
                 here[i] = value
         sizes = [share.packing.num_tokens for share in shares]
@@ -244,7 +222,7 @@ class Trainer:
         return lanes
 
     def _run_lanes(
-        self, lanes: list[_Lane], targets: list[Target], loss: Loss, totals: _Totals
+        self, lanes: list[_Lane], targets: list[Target], loss: Loss, totals: Totals
     ) -> list[tuple[int, Tensor]]:
         """Runs this replica's lanes in their rounds and puts all gradients into the sum; what every replica saw is in
         `totals` then. Returns index and log-probabilities of each sample. A replica that fails goes on sending what
@@ -260,7 +238,7 @@ class Trainer:
             reducer.begin_lane(len(batches), live)
             if here and failure is None:
                 try:
-                    values = self._run_lane(batches, loss, totals)
+                    values = self.micro_batches.learn(batches, loss, totals)
                     by_member = dict(zip(itertools.chain(*here.packing.bins), itertools.chain(*values), strict=True))
                     seen += [by_member[i] for i in range(len(here.members))]
                 except Exception as error:
@@ -269,15 +247,11 @@ class Trainer:
         reducer.finish()
         return self._exchange(lanes, targets, totals, seen, failure)
 
-    def _run_lane(self, batches: list[list[Target]], loss: Loss, totals: _Totals) -> list[list[Tensor]]:
-        """Forwards and backwards of a lane; the log-probabilities of each sample of each micro-batch."""
-        return [self._micro_batch(batch, loss, totals) for batch in batches]
-
     def _exchange(
         self,
         lanes: list[_Lane],
         targets: list[Target],
-        totals: _Totals,
+        totals: Totals,
         seen: list[Tensor],
         failure: Exception | None,
     ) -> list[tuple[int, Tensor]]:
@@ -286,7 +260,7 @@ class Trainer:
         outcome = (
             totals,
             torch.cat([torch.empty(0, dtype=self.dtype), *seen]),
-            failure and _described(failure, dp.index),
+            failure and described(failure, f"in data-parallel replica {dp.index}"),
         )
         found: list[tuple[int, Tensor]] = []
         outcomes = all_gather_object(outcome, dp)
@@ -301,75 +275,3 @@ class Trainer:
             indices = [i for lane in lanes[replica :: dp.size] for i in lane.members]
             found += zip(indices, logprobs.split([len(targets[i].positions) for i in indices]), strict=True)
         return found
-
-    def _score_batches(self, batches: list[list[list[int]]], inverse: float) -> list[list[Tensor]]:
-        """The log-probabilities of each sequence of each micro-batch."""
-        scored = []
-        for batch in batches:
-            targets = torch.tensor([token for tokens in batch for token in tokens[1:]], dtype=torch.int32)
-            inputs, heat = [tokens[:-1] for tokens in batch], temperatures([inverse], [len(targets)])
-            logprobs, _ = self._predictions(inputs, torch.arange(len(targets)), targets, heat)
-            scored.append(list(logprobs.split([len(tokens) - 1 for tokens in batch])))
-        return scored
-
-    def _micro_batch(self, targets: list[Target], loss: Loss, totals: _Totals) -> list[Tensor]:
-        """Forward and backward of samples that share a micro-batch; the log-probability of each loss token."""
-        counts = [len(target.positions) for target in targets]
-        with torch.inference_mode(False), torch.enable_grad():
-            starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
-            rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
-            inverse = temperatures([target.inv_temperature for target in targets], counts)
-            tokens = torch.cat([target.tokens for target in targets])
-            logprobs, entropy = self._predictions([target.inputs for target in targets], rows, tokens, inverse)
-            batch = LossBatch(
-                logprobs=logprobs,
-                entropy=entropy,
-                advantages=torch.cat([target.advantages for target in targets]),
-                old_logprobs=torch.cat([target.old_logprobs for target in targets]),
-                ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
-                positions=torch.cat([target.positions for target in targets]),
-                sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
-                cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
-                samples=[target.sample for target in targets],
-                num_loss_tokens=totals.num_loss_tokens,
-                num_loss_samples=totals.num_loss_samples,
-            )
-            losses, cut = loss.per_token(batch)  # [N]
-            weights = loss.token_weights(batch)  # [N]
-            if not losses.isfinite().all():
-                raise NumericsError(_describe_not_finite(batch, losses))
-            (losses * weights.to(losses.dtype)).sum().backward()
-        totals.losses += (losses.detach().double() * weights).tolist()
-        totals.metrics.add(batch, cut)
-        difference = (logprobs.detach() - batch.old_logprobs).abs()
-        difference = difference[~difference.isnan()]
-        totals.saw(float(difference.max()) if len(difference) else None)
-        return list(logprobs.detach().split(counts))
-
-    def _predictions(
-        self, sequences: list[list[int]], rows: Tensor, tokens: Tensor, inverse: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy [N] of what the packed sequences' `rows` [N] predict, on every rank."""
-        model = self.model
-        batch = TokenBatch.packed(sequences, model.placement.sequence_parallel, model.mesh.cp)
-        choice = choose_rows(rows, batch.context)
-        hidden = choice.take(model.forward(batch))  # [T, D] -> [rows of the N that are here, D]
-        inverse = None if inverse is None else inverse[choice.mine]
-        return choice.whole(*model.token_logprob(hidden, tokens[choice.mine], inverse))
-
-
-def _described(failure: Exception, replica: int) -> EngineError:
-    """What the other replicas raise."""
-    if isinstance(failure, EngineError):
-        return type(failure)(f"{failure} (in data-parallel replica {replica})")
-    text = f"{type(failure).__name__}: {failure}"
-    return ParallelError(f"data-parallel replica {replica} failed ({text}); gradients were dropped on all: see its log")
-
-
-def _describe_not_finite(batch: LossBatch, losses: Tensor) -> str:
-    row = int((~losses.isfinite()).nonzero()[0])
-    return (
-        f"the loss of token {int(batch.positions[row])} of a sample is {losses[row].item()} (log-probability "
-        f"{batch.logprobs[row].item()}, advantage {float(batch.advantages[row])}, old log-probability "
-        f"{float(batch.old_logprobs[row])}); gradients were dropped: check the weights for NaN and infinity"
-    )

@@ -186,7 +186,7 @@ def _closing(console: Console, summary: dict[str, Any], root: Path) -> None:
     table.add_row("training tokens/s", "", f"{summary['train_tokens_per_second']:,.0f}")
     tokens = f"{summary['checked_tokens']:,} tokens"
     table.add_row(f"max |Δ log p| over {tokens}", "", f"{summary['max_abs_logprob_difference']:g}")
-    table.add_row("weight bytes copied or sent", "", f"{summary['weight_bytes_moved']:,}")
+    table.add_row("weight bytes copied or sent to sample", "", f"{summary['weight_bytes_moved']:,}")
     table.add_row("seconds", "", f"{summary['seconds']:.0f}")
     console.print(table)
     lines = (

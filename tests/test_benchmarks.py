@@ -163,3 +163,25 @@ def test_ratio_says_how_many_times_better_ours_is() -> None:
     quick, slow = Row("R1", "ours", [2.0], "s"), Row("R1", "peer", [6.0], "s")
     compare([quick, slow], lower_is_better=True)
     assert slow.ratio == 3.0
+
+
+def test_scaling_measures_each_mesh_against_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    import_module("benchmarks.scaling").main([*QUICK, "--meshes=dp2"])
+    result = last_line(capsys)
+    (row,) = result["rows"]
+    assert (result["benchmark"], row["mesh"], row["ranks"]) == ("scaling", "dp2", 2)
+    for job in ("sampling", "training"):
+        assert row[job]["tokens_per_second"] > 0 and row[job]["ceiling"] > 0
+        assert 0.0 < row[job]["communication"] < 1.0 and row[job]["waiting"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("dp2", (2, 1, 1, 1)), ("dp2xtp2", (2, 1, 1, 2)), ("tp2xpp4", (1, 4, 1, 2))]
+)
+def test_meshes_are_named_by_their_axes(name: str, shape: tuple[int, ...]) -> None:
+    from benchmarks.scaling import mesh_config
+
+    mesh = mesh_config(name)
+    assert (mesh.dp, mesh.pp, mesh.cp, mesh.tp) == shape
+    with pytest.raises(ValueError, match='"ep2"'):
+        mesh_config(f"{name}xep2")

@@ -46,21 +46,6 @@ def run_pipeline(
     _Run(plan, group, forward, shapes, dtype).run()
 
 
-def sum_over_ends_(x: Tensor, group: Group) -> None:
-    """In place, the sum of x on the first rank of the group and x on the last, on both: what the two hold of a weight
-    that both ends of a pipeline use. The bits are the same on both, for there is one addition. Other ranks do not call
-    it. Raises ParallelError.
-    """
-    other = group.size - 1 - group.index
-    assert {group.index, other} == {0, group.size - 1}, f"rank {group.index} is at no end of {group}"
-    if other != group.index:
-        arriving = start_receive(tuple(x.shape), x.dtype, group, other)
-        leaving = start_send(x, group, other)
-        theirs = arriving.wait()
-        leaving.wait()
-        x += theirs
-
-
 class _Run:
     def __init__(
         self, plan: Schedule, group: Group, forward: Forward, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
@@ -137,8 +122,11 @@ class _Mail:
         """Gets ready to receive what the actions up to number `before` need."""
         while self._receives and self._receives[0].post <= before:
             t = self._receives.popleft()
-            pending = start_receive(self._shapes[t.micro_batch], self._dtype, self._group, t.peer)
-            self._arriving[t.what, t.stage, t.micro_batch] = (t, pending)
+            shape, key = self._shapes[t.micro_batch], (t.what, t.stage, t.micro_batch)
+            if 0 in shape:  # a context-parallel rank may have no row of a micro-batch: nothing travels
+                self._here[key] = torch.empty(shape, dtype=self._dtype)
+            else:
+                self._arriving[key] = (t, start_receive(shape, self._dtype, self._group, t.peer))
 
     def take(self, key: _Key) -> Tensor:
         """A tensor that is needed now; waits for it."""
@@ -158,7 +146,7 @@ class _Mail:
         t = self._sends.pop(key, None)
         if t is None:
             self._here[key] = tensor
-        else:
+        elif tensor.numel():
             self._leaving.setdefault(t.peer, deque()).append((t, start_send(tensor, self._group, t.peer)))
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from engine.kernels.op import cpu_missing
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.weight import Weight
 from engine.parallel.collectives import Group
-from engine.parallel.pipeline import run_pipeline, sum_over_ends_
+from engine.parallel.pipeline import run_pipeline
 from engine.parallel.schedule import Schedule, forwards_only, schedule
 from tests.parallel.pool import Pool
 from tests.row_invariance import assert_same_bits
@@ -125,6 +125,12 @@ def test_one_rank_hands_its_chunks_on_to_itself(chunks: int) -> None:
     assert_bits_of_one_rank(plan, [3, 9, 1, 17], [on_this_rank(plan, [3, 9, 1, 17])])
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_micro_batch_without_rows_passes(pool2: Pool, name: str) -> None:
+    plan, rows = schedule(name, 2, 4, 2 if name == "interleaved" else 1), [5, 0, 7, 0]
+    assert_bits_of_one_rank(plan, rows, pool2.run(on_this_rank, plan, rows))
+
+
 def scored(plan: Schedule, rows: list[int]) -> tuple[list[float], bool]:
     losses, gradients = on_this_rank(forwards_only(plan), rows)
     return losses, any(bool(gradient.any()) for pair in gradients for gradient in pair)
@@ -134,15 +140,3 @@ def test_forwards_alone_leave_no_gradient(pool2: Pool) -> None:
     (_, first_learned), (losses, second_learned) = pool2.run(scored, schedule("interleaved", 2, 3, 2), [5, 40, 2])
     assert losses == on_one_rank(4, [5, 40, 2])[0]
     assert not first_learned and not second_learned
-
-
-def sum_of_ends(size: int) -> Tensor:
-    rank = dist.get_rank()
-    x = torch.full((1000, 1000), 10.0**rank)
-    if rank in (0, size - 1):
-        sum_over_ends_(x, Group("pp", tuple(range(size)), rank, dist.group.WORLD))
-    return x[:1, :1]
-
-
-def test_both_ends_hold_the_sum_of_both(pool4: Pool) -> None:
-    assert [float(x) for x in pool4.run(sum_of_ends, 4)] == [1001.0, 10.0, 100.0, 1001.0]

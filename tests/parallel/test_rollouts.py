@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import ChatTemplate, Engine, EngineConfig, ParallelConfig, SamplingParams
-from rl.config import EnvironmentConfig, NewModelConfig, ScheduleConfig, TrainConfig
+from rl.config import NewModelConfig
 from rl.env import Environment, Problem, Step
 from rl.fresh_model import write_fresh_model
-from rl.loop import train
-from rl.metrics import read_lines
 from rl.rollout import Collector
-from rl.run import Run
 from tests.parallel.pool import Pool
 from tests.rl.toy import Dialogue
 
