@@ -177,7 +177,7 @@ def step_time(shares: list[Share], machine: Machine, micro_batches: int) -> Step
     """One step of M micro-batches; `shares` are those of one rank of each stage.
 
     The pipeline's schedule is simulated with the slowest stage's times for all. Gradients travel while the last
-    micro-batch's backward runs; what takes longer is exposed.
+    micro-batch's backward of a lane runs; what takes longer is exposed.
     """
     parallel = shares[0].config.parallel
     slowest = max((stage_time(share, machine) for share in shares), key=lambda time: time.total)
@@ -187,10 +187,10 @@ def step_time(shares: list[Share], machine: Machine, micro_batches: int) -> Step
     backward = slowest.input_grad + slowest.weight_grad
     gradients = weights = 0.0
     for share in shares:
-        held, data = held_weights(share), share.mesh.data
-        link = (data.ranks, data.index, machine)
-        gradients = max(gradients, send_seconds(traffic.gradient_reduce_bytes(share, held), *link) - backward)
-        weights = max(weights, send_seconds(traffic.weight_gather_bytes(share, held), *link))
+        link = (share.mesh.data.ranks, share.mesh.data.index, machine)
+        lane = send_seconds(traffic.gradient_reduce_bytes(share), *link)
+        gradients = max(gradients, traffic.lanes_of_rank(share) * (lane - backward))
+        weights = max(weights, send_seconds(traffic.weight_gather_bytes(share), *link))
     return StepTime(
         compute=micro_batches * (slowest.total - slowest.exposed),
         exposed=micro_batches * slowest.exposed,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,8 +17,6 @@ from engine.kernels.attention import AttentionSpec, allocate_pages
 from engine.kernels.memory import num_bytes
 from engine.kernels.token_logprob import LOGITS_ELEMENTS
 from engine.kernels.weight import storage_shape
-from engine.parallel.mesh import Mesh
-from engine.parallel.shards import row_share
 from engine.planner.share import Share
 
 FP32 = 4  # bytes
@@ -39,28 +37,39 @@ class Held:
         return math.prod(self.shape) * self.count
 
 
-def held_weights(share: Share) -> list[Held]:
-    """The weights of a rank: its layers' shards, the embedding on the first stage, the last norm and the head on the
-    last. A tied head is the embedding where one rank holds both, and a copy of it otherwise."""
-    model, row, num_layers = share.model, architecture_of(share.model), share.num_layers
+def layer_weights(share: Share) -> list[Held]:
+    """The weights of a layer's shard, in the model's order."""
+    model, row = share.model, architecture_of(share.model)
     width, inner, mixed = share.D, share.I, share.H * share.Dh
-    held = [
-        Held("qkv", (share.qkv, width), True, num_layers),
-        Held("out", (width, mixed), True, num_layers),
-        Held("gate_up", (2 * inner, width), True, num_layers),
-        Held("down", (width, inner), True, num_layers),
-        Held("norm", (width,), False, 2 * num_layers + share.is_last),
+    found = [
+        Held("qkv", (share.qkv, width), True),
+        Held("qkv bias", (share.qkv,), False) if row.has_qkv_bias(model) else None,
+        Held("out", (width, mixed), True),
+        Held("out bias", (width,), False) if row.has_out_bias(model) else None,
+        Held("q norm", (share.Dh,), False) if row.qk_norm else None,
+        Held("k norm", (share.Dh,), False) if row.qk_norm else None,
+        Held("gate_up", (2 * inner, width), True),
+        Held("gate_up bias", (2 * inner,), False) if row.has_mlp_bias(model) else None,
+        Held("down", (width, inner), True),
+        Held("down bias", (width,), False) if row.has_mlp_bias(model) else None,
+        Held("input norm", (width,), False),
+        Held("post norm", (width,), False),
     ]
-    biases = [(row.has_qkv_bias(model), share.qkv), (row.has_out_bias(model), width)]
-    biases += [(row.has_mlp_bias(model), 2 * inner), (row.has_mlp_bias(model), width)]
-    held += [Held("bias", (size,), False, num_layers) for present, size in biases if present]
-    if row.qk_norm:
-        held.append(Held("qk_norm", (share.Dh,), False, 2 * num_layers))
-    if share.is_first:
-        held.append(Held("embedding", (share.V, width), model.tie_word_embeddings))
-    if share.is_last and not (share.is_first and model.tie_word_embeddings):
-        held.append(Held("head", (share.V, width), True))
-    return held
+    return [weight for weight in found if weight]
+
+
+def end_weights(share: Share) -> list[Held]:
+    """The embedding on the first stage, the last norm and the head on the last. A tied head is the embedding where one
+    rank holds both, and a copy of it otherwise."""
+    tied, shape = share.model.tie_word_embeddings, (share.V, share.D)
+    found = [Held("embedding", shape, tied)] if share.is_first else []
+    found += [Held("last norm", (share.D,), False)] if share.is_last else []
+    return found + ([Held("head", shape, True)] if share.is_last and not (share.is_first and tied) else [])
+
+
+def held_weights(share: Share) -> list[Held]:
+    """All weights of a rank: those of each of its layers and those of the ends."""
+    return [replace(weight, count=share.num_layers) for weight in layer_weights(share)] + end_weights(share)
 
 
 def weight_bytes(held: list[Held], dtype: torch.dtype) -> int:
@@ -72,23 +81,6 @@ def weight_bytes(held: list[Held], dtype: torch.dtype) -> int:
 def gradient_bytes(held: list[Held]) -> int:
     """Gradients of this rank's lane, fp32 and dense: 4 bytes x N x K of each weight."""
     return sum(FP32 * weight.num_elements for weight in held)
-
-
-def share_elements(held: list[Held], num_shares: int, index: int) -> int:
-    """Elements of one rank's share of the optimizer (ZeRO-1, arXiv 1910.02054): each weight's rows are dealt over the
-    dp x cp ranks that hold it, in panels of 16."""
-    rows = (row_share(weight.shape[0], num_shares, index).size for weight in held)
-    return sum(n * math.prod(weight.shape[1:]) * weight.count for n, weight in zip(rows, held, strict=True))
-
-
-def gradient_sum_bytes(held: list[Held], mesh: Mesh) -> int:
-    """The sum of all lanes, sharded: 4 bytes x `share_elements`; the lane's own buffer where nothing is sharded."""
-    return FP32 * share_elements(held, mesh.data.size, mesh.data.index) if mesh.data.size > 1 else 0
-
-
-def optimizer_bytes(held: list[Held], mesh: Mesh) -> int:
-    """fp32 master weights and two moments: 12 bytes x `share_elements`."""
-    return 3 * FP32 * share_elements(held, mesh.data.size, mesh.data.index)
 
 
 def layer_activation_bytes(share: Share) -> int:

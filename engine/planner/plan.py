@@ -15,7 +15,7 @@ from engine.errors import ConfigError, nearest
 from engine.parallel.mesh import AXES, Mesh
 from engine.parallel.schedule import Costs, peak_activations, schedule
 from engine.parallel.shards import Placement
-from engine.planner import footprint
+from engine.planner import footprint, optimizer
 from engine.planner.cost import StepTime, bubble, counted_micro_batches, missing_figures, model_flops, step_time
 from engine.planner.machine import Machine
 from engine.planner.share import DTYPES, Share
@@ -75,7 +75,9 @@ class Plan:
     @property
     def kv_tokens(self) -> int | None:
         """The most tokens of a KV pool: what fits on the stage with the least room."""
-        return pool_tokens(self.stages, self.machine, self.config) if self.machine.memory_gb else None
+        if not self.machine.memory_gb:
+            return None
+        return min(rank.kv_tokens(self.machine.memory_bytes, self.config.page_size) for rank in self.stages)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -89,11 +91,6 @@ class Plan:
             return None
         peak = self.machine.peak_tflops * 1e12 * self.world_size
         return self.tokens_per_second * model_flops(self.model, self.sequence_tokens) / peak
-
-
-def pool_tokens(stages: list[RankPlan], machine: Machine, config: EngineConfig) -> int:
-    """Tokens of the largest KV pool: every stage keeps its layers' keys and values of each, so the fullest decides."""
-    return min(rank.kv_tokens(machine.memory_bytes, config.page_size) for rank in stages)
 
 
 def parse_mesh(text: str, **more: Any) -> ParallelConfig:
@@ -119,9 +116,9 @@ def parse_mesh(text: str, **more: Any) -> ParallelConfig:
 
 
 def describe(parallel: ParallelConfig) -> str:
-    """The axes with more than one rank: dp 8 x pp 3 x tp 8."""
+    """The axes with more than one rank, as `parse_mesh` reads them: dp=8,pp=3,tp=8."""
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "dp=1"
 
 
 def world_size(parallel: ParallelConfig) -> int:
@@ -146,11 +143,12 @@ def plan_rank(share: Share, micro_batches: int) -> RankPlan:
         num_bytes={
             "weights": footprint.weight_bytes(held, share.dtype),
             "gradients": footprint.gradient_bytes(held),
-            "gradient sums": footprint.gradient_sum_bytes(held, mesh),
-            "optimizer": footprint.optimizer_bytes(held, mesh),
+            "gradient sums": optimizer.gradient_sum_bytes(share),
+            "optimizer": optimizer.optimizer_bytes(share),
             "activations": footprint.activation_bytes(share, in_flight),
             "backward": footprint.working_bytes(share),
             "logits": footprint.logits_bytes(share),
+            "exchange": optimizer.exchange_bytes(share),
             "sampling": footprint.sampling_bytes(share),
             "rotary table": footprint.rotary_bytes(share.model),
         },
@@ -214,8 +212,8 @@ def make_plan(
 
 
 def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, sequence_tokens: int) -> Share:
-    """The rank of a stage that holds most: shards of rows, and shares of the optimizer, differ by a panel. First the
-    tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
+    """The rank of a stage that holds most: shards of rows differ by a panel, shares of the optimizer by a block. First
+    the tensor-parallel place is chosen, then the one among the ranks that hold the same weights."""
     first = stage * config.parallel.cp * config.parallel.tp
 
     def share(rank: int) -> Share:
@@ -225,6 +223,5 @@ def _heaviest(model: ModelConfig, config: EngineConfig, stage: int, sequence_tok
         return footprint.weight_bytes(footprint.held_weights(share(rank)), DTYPES[config.dtype])
 
     heavy = share(max(range(first, first + config.parallel.tp), key=weights))
-    held, data = footprint.held_weights(heavy), heavy.mesh.data
-    elements = [footprint.share_elements(held, data.size, index) for index in range(data.size)]
-    return share(data.ranks[elements.index(max(elements))])
+    elements = [each.elements for each in optimizer.owned_by_each(heavy)]
+    return share(heavy.mesh.data.ranks[elements.index(max(elements))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -154,14 +155,16 @@ def summary(plan: Plan) -> list[str]:
 
 def show_search(plans: list[Plan], console: Console, limit: int) -> None:
     """The best meshes, one to a row."""
-    table = Table("mesh", "checkpointing", title=f"fastest of {len(plans)} that fit", title_justify="left")
-    for name in ("tokens/s", "step s", "bubble", "of peak", "GB fullest", "KV tokens"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"fastest of {len(plans)} that fit", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("mesh", no_wrap=True)
+    table.add_column("checkpoints")
+    for name in ("tokens/s", "step s", "bubble", "of peak", "GB", "KV tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for plan in plans[:limit]:
         assert plan.step is not None, "search ranks by time"
         table.add_row(
             describe(plan.config.parallel),
-            "on" if plan.config.activation_checkpointing else "off",
+            "yes" if plan.config.activation_checkpointing else "no",
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.step.total:.3g}",
             f"{plan.step.bubble_fraction:.1%}",

@@ -8,8 +8,10 @@ import msgspec
 
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.errors import ConfigError
+from engine.planner.footprint import FP32, activation_bytes, gradient_bytes, held_weights, weight_bytes
 from engine.planner.machine import Machine
-from engine.planner.plan import Plan, RankPlan, describe, make_plan, plan_stages, pool_tokens
+from engine.planner.plan import Plan, activations_in_flight, describe, make_plan, placement_of
+from engine.planner.share import Share
 
 LEAST_HALF = 16  # tokens of a sequence in each of the two pieces that a context-parallel rank gets, at least
 
@@ -32,36 +34,37 @@ def search(
     """
     if not machine.memory_gb:
         raise ConfigError(f'searching needs the memory of a rank, and the machine "{machine.name}" has none; give it')
-    fitting: list[Plan] = []
-    smallest: tuple[int, ParallelConfig, RankPlan] | None = None
     sequence_tokens = sequence_tokens or config.train_batch_tokens
-    most_halves = sequence_tokens // LEAST_HALF
+    candidates: list[tuple[int, EngineConfig, int]] = []
     for parallel in _meshes(config.parallel, num_ranks, machine.ranks_per_node):
-        if 2 * parallel.cp > max(2, most_halves):
-            continue
         micro_batches = step_tokens // (parallel.dp * config.train_batch_tokens)
-        if micro_batches < parallel.pp:
+        too_short = parallel.cp > 1 and sequence_tokens < 2 * LEAST_HALF * parallel.cp
+        if micro_batches < parallel.pp or too_short:
             continue
         for checkpointing in (False, True):
             here = msgspec.structs.replace(config, parallel=parallel, activation_checkpointing=checkpointing)
             try:
-                _, stages = plan_stages(model, here, micro_batches, sequence_tokens)
+                least = least_bytes(model, here, micro_batches, sequence_tokens)
             except ConfigError:
                 break  # the model does not divide over this mesh
-            if pool_tokens(stages, machine, here) >= config.kv_tokens:
-                fitting.append(make_plan(model, here, machine, micro_batches, sequence_tokens))
-            needs = [rank.total + rank.kv_token_bytes * config.kv_tokens for rank in stages]
-            if smallest is None or max(needs) < smallest[0]:
-                smallest = max(needs), parallel, stages[needs.index(max(needs))]
-    if smallest is None:
+            candidates.append((least, here, micro_batches))
+    if not candidates:
         raise ConfigError(
             f"no mesh of {num_ranks} ranks divides the model and {step_tokens} tokens a step into micro-batches of "
             f"{config.train_batch_tokens}; change the number of ranks, or give more tokens a step"
         )
+    plans = (
+        make_plan(model, here, machine, micro_batches, sequence_tokens)
+        for least, here, micro_batches in candidates
+        if least <= machine.memory_bytes
+    )
+    fitting = [plan for plan in plans if plan.fits]
     if not fitting:
-        _, parallel, rank = smallest
+        _, here, micro_batches = min(candidates, key=lambda candidate: candidate[0])
+        nearest = make_plan(model, here, machine, micro_batches, sequence_tokens)
+        rank = max(nearest.stages, key=lambda rank: rank.total)
         raise ConfigError(
-            f"no mesh of {num_ranks} ranks fits {machine.memory_gb:g} GB; the nearest ({describe(parallel)}, with "
+            f"no mesh of {num_ranks} ranks fits {machine.memory_gb:g} GB; the nearest ({describe(here.parallel)}, with "
             f"activation checkpointing) needs {rank.total / 1e9:.1f} GB and "
             f"{rank.kv_token_bytes * config.kv_tokens / 1e9:.1f} GB for a KV pool of {config.kv_tokens} tokens: use "
             "more ranks, smaller micro-batches, or a smaller pool"
@@ -71,6 +74,18 @@ def search(
             f'ranking meshes needs {", ".join(missing)}, which the machine "{machine.name}" does not have; give it'
         )
     return sorted(fitting, key=lambda plan: -(plan.tokens_per_second or 0.0))
+
+
+def least_bytes(model: ModelConfig, config: EngineConfig, micro_batches: int, sequence_tokens: int) -> int:
+    """What no rank of the first stage does without: weights, gradients, an even share of the optimizer, activations.
+
+    Cheap to compute, so that most meshes of a large model are out before anything is dealt. Raises ConfigError.
+    """
+    share = Share(model, config, placement_of(config.parallel, 0), sequence_tokens)
+    held = held_weights(share)
+    sharded = 3 * FP32 * sum(weight.num_elements for weight in held) // share.mesh.data.size
+    in_flight = activations_in_flight(config.parallel, 0, micro_batches)
+    return weight_bytes(held, share.dtype) + gradient_bytes(held) + sharded + activation_bytes(share, in_flight)
 
 
 def _meshes(parallel: ParallelConfig, num_ranks: int, ranks_per_node: int) -> Iterator[ParallelConfig]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from engine.architectures import architecture_of
 from engine.parallel.collectives import ONE_SHOT_BYTES
-from engine.planner.footprint import FP32, Held, held_weights, share_elements, weight_bytes
+from engine.planner import optimizer
+from engine.planner.footprint import FP32, held_weights
 from engine.planner.share import Share
 
 STATISTICS_BYTES = 4 * 8  # float64 numbers of a row with one target: `shard_statistics`
@@ -121,16 +122,26 @@ def shared_gradient_bytes(share: Share) -> int:
     return gather_bytes(FP32 * elements, share.mesh.tp.size)
 
 
-def gradient_reduce_bytes(share: Share, held: list[Held]) -> int:
-    """Gradients to the ranks whose share of the optimizer they are: 4 bytes x (elements - this rank's share)."""
-    data = share.mesh.data
-    return FP32 * (sum(weight.num_elements for weight in held) - share_elements(held, data.size, data.index))
+def gradient_reduce_bytes(share: Share) -> int:
+    """One lane's gradients to the ranks that step their rows: 4 bytes x (elements - this rank's)."""
+    if optimizer.adds_in_place(share):
+        return 0
+    return FP32 * (sum(weight.num_elements for weight in held_weights(share)) - optimizer.owned(share).elements)
 
 
-def weight_gather_bytes(share: Share, held: list[Held]) -> int:
-    """This rank's share of the updated compute weights to the others: bytes of the weights / (dp cp) x (dp cp - 1)."""
-    size = share.mesh.data.size
-    return weight_bytes(held, share.dtype) // size * (size - 1)
+def weight_gather_bytes(share: Share) -> int:
+    """The updated compute weights of this rank's rows to the others: their bytes x (dp cp - 1)."""
+    return gather_bytes(optimizer.owned(share).weight_bytes, share.mesh.data.size)
+
+
+def tied_gradient_bytes(share: Share) -> int:
+    """The gradient of a tied embedding's rows between the first stage and the last: 4 bytes x this rank's of them."""
+    return FP32 * optimizer.owned(share).tied_elements
+
+
+def lanes_of_rank(share: Share) -> int:
+    """Lanes that the busiest replica runs one after the other: ceil(lanes / dp)."""
+    return -(-optimizer.num_lanes(share) // share.mesh.dp.size)
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ def step_traffic(share: Share, micro_batches: int) -> list[Traffic]:
 
     With activation checkpointing the layers' forward traffic is sent twice.
     """
-    held, num_layers = held_weights(share), share.num_layers
+    num_layers, lanes = share.num_layers, lanes_of_rank(share)
     forwards = 1 + share.config.activation_checkpointing
     forward = forwards * num_layers * layer_forward_bytes(share) + ends_forward_bytes(share)
     backward = num_layers * (layer_column_backward_bytes(share) + layer_row_backward_bytes(share))
@@ -156,11 +167,16 @@ def step_traffic(share: Share, micro_batches: int) -> list[Traffic]:
     found = [
         Traffic("forward: rows and partial sums", "tp", micro_batches * forward),
         Traffic("backward: rows and partial sums", "tp", micro_batches * backward),
-        Traffic("gradients of shared rows", "tp", shared_gradient_bytes(share)),
+        Traffic(
+            "gradients of shared rows",
+            "tp",
+            (1 if optimizer.adds_in_place(share) else lanes) * shared_gradient_bytes(share),
+        ),
         Traffic("keys, values and results", "cp", micro_batches * keys),
         Traffic("gradients of keys and values", "cp", micro_batches * num_layers * keys_gradient_bytes(share)),
         Traffic("streams and their gradients", "pp", pipeline_bytes(share, micro_batches)),
-        Traffic("gradients to their owners", "data", gradient_reduce_bytes(share, held)),
-        Traffic("updated weights", "data", weight_gather_bytes(share, held)),
+        Traffic("gradients to their owners", "data", lanes * gradient_reduce_bytes(share)),
+        Traffic("the tied embedding's gradient", "pp", tied_gradient_bytes(share)),
+        Traffic("updated weights", "data", weight_gather_bytes(share)),
     ]
     return [traffic for traffic in found if traffic.num_bytes]
