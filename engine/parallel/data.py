@@ -89,8 +89,9 @@ class GradientReducer:
 
     def backward_passed(self, bucket: int) -> None:
         """A micro-batch's backward has added all it has for this bucket; after the lane's last one the bucket is done.
-        Where weight gradients wait for later, only `bucket_done` or `finish_lane` can tell."""
-        if not weight_gradients_wait():
+        Where weight gradients wait for later, only `bucket_done` or `finish_lane` can tell. Outside of a lane nobody
+        counts."""
+        if self._left and not weight_gradients_wait():
             self._left[bucket] -= 1
             if self._left[bucket] == 0:
                 self.bucket_done(bucket)
@@ -113,6 +114,7 @@ class GradientReducer:
             self._send(self._num_sent)
         while self._under_way:
             self._fold()
+        self._left = []
 
     def finish(self) -> None:
         """All lanes are in the sum."""
@@ -123,9 +125,10 @@ class GradientReducer:
     def reset(self) -> None:
         """Drops all gradients and what is under way."""
         self._under_way.clear()
-        for bucket in self.shares.buckets:
-            for weight in (*(block.weight for block in bucket.blocks), *bucket.own):
-                weight.zero_grad()
+        self._left = []
+        whole = {id(block.weight): block.weight for bucket in self.shares.buckets for block in bucket.blocks}
+        for weight in (*whole.values(), *(() if self.in_place else self.shares.own)):
+            weight.zero_grad()
 
     def _send(self, index: int) -> None:
         bucket, data = self.shares.buckets[index], self.mesh.data

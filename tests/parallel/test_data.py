@@ -183,11 +183,13 @@ def learn_with_tensor_parallel(config: ParallelConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_and_data_parallel_equal_one_rank_in_float64(pool4: Pool, sequence_parallel: bool) -> None:
-    trainer = make_trainer(Mesh.single(), "float64", parallel=ParallelConfig(gradient_lanes=2))
+@pytest.mark.parametrize("dp", [1, 2])
+def test_tensor_and_data_parallel_equal_one_rank_in_float64(pool4: Pool, dp: int, sequence_parallel: bool) -> None:
+    """Two calls a step: what ranks hold alike (norms, and key/value heads where tp is 4) must not count twice."""
+    trainer = make_trainer(Mesh.single(), "float64", parallel=ParallelConfig(gradient_lanes=dp))
     expected = learn(trainer, steps=3)
     whole = {part.name: part.weight.dense(part.row, part.shape[0]) for part in trainer.model.parts()}
-    config = ParallelConfig(dp=2, tp=2, sequence_parallel=sequence_parallel)
+    config = ParallelConfig(dp=dp, tp=4 // dp, sequence_parallel=sequence_parallel)
     for result in pool4.run(learn_with_tensor_parallel, config):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-10)
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-10)
