@@ -38,12 +38,12 @@ def torchrun(words: list[str]) -> argparse.Namespace:
 
 
 def documented() -> list[tuple[str, str]]:
-    """Every torchrun line of the README and the documents, without its prompt and what a comment adds."""
+    """Every whole torchrun line of the README and the documents, without its prompt and what a comment adds."""
     found = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text().replace("\\\n", " ")
         lines = re.findall(r"^\s*\$?\s*torchrun (.+)$", text, re.M) + re.findall(r"`torchrun (-[^`]+)`", text)
-        found += [(path.name, re.sub(r"\s+#.*$", "", line)) for line in lines]
+        found += [(path.name, re.sub(r"\s+#.*$", "", line)) for line in lines if " -m " in line]
     return found
 
 
