@@ -14,10 +14,11 @@ from engine.config import EngineConfig
 from engine.errors import NumericsError
 from engine.kernels.sample_token import hash_seed
 from engine.model import Transformer
+from engine.sampler.draw import Drawn
 from engine.sampler.kv_cache import KVCache
 from engine.sampler.request import Sequence
 from engine.sampler.runner import Flight, Runner
-from engine.sampler.scheduler import Scheduler
+from engine.sampler.scheduler import Scheduler, Step
 from engine.sampler.slots import Slots
 from engine.sampler.stopping import StopScanner
 from engine.tokenizer import Tokenizer
@@ -145,17 +146,26 @@ class Sampler:
                 "token can be sampled; check the weights (the last optimizer step, or the checkpoint) for NaN and "
                 "infinity"
             )
-        here = slots.tenancy[step.sample_slots] == step.tenancy  # who has left draws the same token when it is back
-        sampled, tokens = step.sample_slots[here], drawn.tokens[here]
-        self.stats.sampled_tokens += len(tokens)
-        if not len(tokens):
+        sampled, drawn = self._still_there(step, drawn)
+        self.stats.sampled_tokens += len(sampled)
+        if not len(sampled):
             return [], []
-        slots.append(sampled, tokens, drawn.logprobs[here], drawn.kept_mass[here])
+        slots.append(sampled, drawn.tokens, drawn.logprobs, drawn.kept_mass)
         for index, choices in drawn.alternatives.items():
-            if here[index]:
-                slots.sequence[step.sample_slots[index]].alternatives.append(choices)  # type: ignore[union-attr]
-        finished = self._finish(sampled, tokens)
+            slots.sequence[sampled[index]].alternatives.append(choices)  # type: ignore[union-attr]
+        finished = self._finish(sampled, drawn.tokens)
         return [slot for slot in sampled.tolist() if slots.sequence[slot] is not None], finished
+
+    def _still_there(self, step: Step, drawn: Drawn) -> tuple[np.ndarray, Drawn]:
+        """The slots whose sequences are still in them, and their tokens. A sequence that has left (preempted while its
+        token was on the way) draws the same one when it is back."""
+        here = self.slots.tenancy[step.sample_slots] == step.tenancy
+        if here.all():
+            return step.sample_slots, drawn
+        places = np.cumsum(here) - 1
+        alternatives = {int(places[i]): choices for i, choices in drawn.alternatives.items() if here[i]}
+        kept = Drawn(drawn.tokens[here], drawn.logprobs[here], drawn.kept_mass[here], alternatives)
+        return step.sample_slots[here], kept
 
     def _finish(self, sampled: np.ndarray, tokens: np.ndarray) -> list[Sequence]:
         slots = self.slots
