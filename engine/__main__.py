@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kernels.dtypes import MODEL_DTYPES
 from engine.kernels.table import rows as op_rows
+from engine.parallel.launch import is_main_rank
 from engine.planner import command as planner
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
@@ -45,6 +46,14 @@ def generate(args: argparse.Namespace) -> None:
     console.print()
 
 
+def asked() -> str:
+    """A line that was typed; nothing at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
 def chat(args: argparse.Namespace) -> None:
     """A conversation; an empty line or end of input ends it."""
     engine = load(args)
@@ -53,10 +62,7 @@ def chat(args: argparse.Namespace) -> None:
     messages: list[dict[str, Any]] = []
     console.print(f"[dim]{args.model}, thinking {'on' if args.think else 'off'}; an empty line ends the chat[/dim]")
     while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
+        text = engine.ranks.once(asked)
         if not text.strip():
             return
         messages.append({"role": "user", "content": text})
@@ -129,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    console.quiet = not is_main_rank()
     args = parser().parse_args(arguments)
     try:
         args.run(args)

@@ -102,11 +102,6 @@ class Engine:
         finally:
             self.mesh.close()
 
-    def agree_any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is True on any: what one rank was told (a signal, a full disk), all act on after
-        the same step. Every rank calls it. Raises ParallelError."""
-        return self.mesh.agree_any(flag)
-
     # ---- sampling ----
 
     def generate(
@@ -146,6 +141,7 @@ class Engine:
 
         Raises InputError.
         """
+        self.mesh.agree("score", list(sequences), temperature)
         return self.trainer.score([self._encode(s, i, whole=True) for i, s in enumerate(sequences)], temperature)
 
     def forward_backward(self, samples: Sequence[Sample], loss: str | Callable[..., Any] | Any = "sft") -> TrainStats:
@@ -153,7 +149,9 @@ class Engine:
 
         Raises InputError, ConfigError; gradients accumulated before are kept.
         """
-        return self.trainer.forward_backward(list(samples), loss)
+        samples = list(samples)
+        self.mesh.agree("forward_backward", samples, loss)
+        return self.trainer.forward_backward(samples, loss)
 
     def optim_step(self, learning_rate: float) -> StepStats:
         """Clips, steps AdamW, writes the compute weights in place, raises `weight_version`.
@@ -165,6 +163,7 @@ class Engine:
                 f"{self._sampler.num_unfinished} sequences are still being sampled from these weights; exhaust or "
                 "close the stream before the optimizer changes them"
             )
+        self.mesh.agree("optim_step", learning_rate)
         stats = self.trainer.optim_step(learning_rate)
         if self._sampler is not None:
             self._sampler.cache.forget()
@@ -268,6 +267,9 @@ class Engine:
                 raise InputError(f"{len(each)} SamplingParams for {len(ids)} prompts; pass one, or one for each")
         if self.tokenizer is None and any(p.stop for p in each):
             raise InputError("SamplingParams.stop needs a tokenizer, and this engine has none; use stop_token_ids")
+        vocab = self.model.config.vocab_size
+        if any(p.logprobs > vocab for p in each):
+            raise InputError(f"SamplingParams.logprobs is {max(p.logprobs for p in each)}; there are {vocab} tokens")
         fresh = broadcast_object(secrets.randbits(62), self.mesh.world, 0)
         seeds = [fresh if p.seed is None else p.seed for p in each]
         return Call(f"{name}/{fresh}", ids, each, seeds, self.weight_version)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.errors import EngineError, InputError, NumericsError
+from engine.errors import EngineError, InputError, NumericsError, ParallelError
 from engine.kernels.dtypes import wide_dtype
 from engine.kernels.op import cpu_missing
 from engine.losses import Loss, LossConfig, LossFunction, LossMetrics
@@ -241,6 +241,8 @@ class Trainer:
                     values = self.micro_batches.learn(batches, loss, totals)
                     by_member = dict(zip(itertools.chain(*here.packing.bins), itertools.chain(*values), strict=True))
                     seen += [by_member[i] for i in range(len(here.members))]
+                except ParallelError:
+                    raise  # the ranks are no longer in step: there is nobody to tell it
                 except Exception as error:
                     failure = error
             reducer.finish_lane()

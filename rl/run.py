@@ -103,15 +103,16 @@ class Run:
         self.progress.advance(self.step, record)
 
     def save(self) -> None:
-        """Saves all that a resumed run needs."""
+        """Saves all that a resumed run needs; the disk is written while the next step runs."""
         with self.watch.time("saving"):
-            self.engine.save_state(self.directory / "state", {"step": self.step})
+            self.engine.save_state(self.directory / "state", {"step": self.step}, wait=False)
         self.saved_step = self.step
 
     def finish(self) -> None:
         """Leaves the result of a complete run, or the state of an interrupted one."""
         if self.saved_step != self.step:
             self.save()
+        self.engine.wait_for_saves()
         if not self.interrupted:
             self.engine.save_pretrained(self.directory / "checkpoint")
 

@@ -20,7 +20,7 @@ static T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-using Shape = std::array<int64_t, 4>;                  // H, K, Dh, window
+using Shape = std::array<int64_t, 4>;                // H, K, Dh, window
 using Rows = std::tuple<Address, int64_t, int64_t>;  // address, row size, rows
 
 static AttentionArguments attention_arguments(const AttentionPlan* plan, const AttentionPlan* kv_plan, int dtype,
@@ -29,10 +29,9 @@ static AttentionArguments attention_arguments(const AttentionPlan* plan, const A
                                               Address out, Address lse) {
   const auto [q_at, q_row_size, q_rows] = q;
   const auto [kv_at, kv_row_size, kv_rows] = kv;
-  return {plan,      kv_plan,         DType(dtype), shape[0],       shape[1],   shape[2],  shape[3],
-          scale,     eps,             at(q_at),     q_row_size,     at(kv_at),  kv_row_size, kv_rows,
-          at<float>(rope), rope_positions, nullptr, nullptr, kv_plan->num_pages, at(q_norm), at(k_norm),
-          at(out),   at<float>(lse)};
+  return {plan, kv_plan, DType(dtype), shape[0], shape[1], shape[2], shape[3], scale, eps, at(q_at), q_row_size,
+          at(kv_at), kv_row_size, kv_rows, at<float>(rope), rope_positions, nullptr, nullptr, kv_plan->num_pages,
+          at(q_norm), at(k_norm), at(out), at<float>(lse)};
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -66,6 +66,8 @@ def named(what: str, group: Group) -> Iterator[None]:
     """Around what may wait for other ranks: RuntimeErrors become a ParallelError that names the rank to blame."""
     dog = watchdog()
     if dog is not None:
+        if dog.culprit is not None:
+            raise dog.refuse(what, group)
         outer, dog.call = dog.call, (what, group, time.monotonic())
     try:
         yield

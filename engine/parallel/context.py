@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan, AttentionSpec
+from engine.kernels.graph import empty
 from engine.parallel.collectives import Group, all_to_all, fold
 
 Segment = tuple[int, int]  # rows [begin, end) of the whole batch
@@ -130,7 +131,7 @@ class ContextShard:
 
     def gather_keys(self, own: Tensor) -> Tensor:
         """Key and value columns of all rows of the keys' plan: [T, 2K Dh] -> [T_kv, 2K Dh]."""
-        kv = torch.empty((self.num_keys, own.shape[1]), dtype=own.dtype)
+        kv = empty((self.num_keys, own.shape[1]), own.dtype)
         if any(self.counts):
             size, count = self.group.size, len(self.moving)
             copies = own.index_select(0, self.moving).repeat(size, 1)
@@ -168,7 +169,7 @@ class _ShareKeys(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_kv: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        d_qkv = torch.empty((d_q.shape[0], ctx.row_size), dtype=d_q.dtype)
+        d_qkv = empty((d_q.shape[0], ctx.row_size), d_q.dtype)
         d_qkv[:, : ctx.queries] = d_q
         ctx.shard.sum_gradients(d_kv, d_qkv[:, ctx.queries :])
         return d_qkv, None, None

@@ -176,6 +176,13 @@ class Watchdog:
             f"{what} over the group {group} failed on rank {self.rank}: {str(error).splitlines()[0]} ({others})"
         )
 
+    def refuse(self, what: str, group: Group) -> ParallelError:
+        """The error of a collective that must not begin, since a rank is gone: the ranks that are left are no longer in
+        step, and gloo ends a process that is sent what it does not expect."""
+        assert self.culprit is not None
+        self._told = True
+        return ParallelError(f"{self.culprit.text}; rank {self.rank} has not begun {what} over the group {group}")
+
     def find(self, patience: float = 0.0, group: Group | None = None, ended_too: bool = True) -> Culprit | None:
         """Who is to blame, looking for at most `patience` seconds: a rank that is gone, even one that ended well if
         `ended_too`. Of a group, one that gave up ends the search."""

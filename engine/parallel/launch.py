@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from engine.config import ParallelConfig
 from engine.errors import ParallelError
+from engine.parallel.collectives import Group, named
 from engine.parallel.failure import Process, watch, watchdog
 
 MEETING_SECONDS = 300.0  # from the first rank's start to the last one's
@@ -70,7 +71,8 @@ def connect(timeout: timedelta) -> None:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         keeper = f"torchrun's agent on {os.environ['MASTER_ADDR']}" if agent else str(processes[0])
         dog = watch(dist.PrefixStore("watchdog", _own_connection(store)), processes, rank, keeper)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        with named("connecting", Group("world", tuple(range(size)), rank)):
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
         raise ParallelError(f"the ranks cannot connect ({error}); look at torchrun's rendezvous") from error
     dog.world = dist.group.WORLD

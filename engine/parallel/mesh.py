@@ -85,10 +85,6 @@ class Mesh:
                 f"{', '.join(map(str, others))} than on rank 0; every rank makes the same calls"
             )
 
-    def agree_any(self, flag: bool) -> bool:
-        """True on every rank if it is True on any of them: so that no rank stops, or goes on, alone."""
-        return bool(all_gather(torch.tensor([flag]), self.world).any())
-
     def close(self) -> None:
         """Ends the groups; the processes stay connected for other meshes until they exit."""
         handles = {id(g.handle): g.handle for g in self._groups() if g.handle not in (None, dist.group.WORLD)}
@@ -164,8 +160,12 @@ def close_group(group: Group) -> None:
 
 
 def fingerprint(*arguments: object) -> int:
-    """63 bits that are a function of the arguments' values alone; of what is no plain data, of its type."""
-    digest = hashlib.blake2b(msgspec.msgpack.encode(arguments, enc_hook=_plain), digest_size=8).digest()
+    """63 bits that are a function of the arguments' values alone; of what is no plain data, of its name or type."""
+    try:
+        text = msgspec.msgpack.encode(arguments, enc_hook=_plain)
+    except (OverflowError, TypeError, ValueError):  # numbers of more than 64 bits, keys that are no strings
+        text = repr(arguments).encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from engine.errors import ParallelError
-from engine.parallel.collectives import broadcast
+from engine.parallel.collectives import broadcast, named
 from engine.parallel.mesh import Mesh
 
 COUNTER = "taken"
@@ -84,10 +83,5 @@ class Queue:
     def _add(self, count: int) -> int:
         if self._store is None:
             return self._seen + count
-        try:
+        with named("taking from the queue of prompts", self._mesh.world):
             return self._store.add(COUNTER, count)
-        except RuntimeError as error:
-            raise ParallelError(
-                f"the queue of prompts cannot be reached from rank {self._mesh.rank}: {str(error).splitlines()[0]}; "
-                "rank 0, which keeps it, has died"
-            ) from error

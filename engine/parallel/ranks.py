@@ -70,7 +70,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is True on any: so that no rank stops, or goes on, alone."""
-        return bool(all_gather(torch.tensor([flag]), self._world).any())
+        return bool(all_gather(torch.tensor(flag), self._world).any())
 
 
 def _described(failure: BaseException | None) -> tuple[type[BaseException] | None, str]:

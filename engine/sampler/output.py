@@ -25,18 +25,18 @@ class Inbox:
         self._counts = counts
         self._tokenizer = tokenizer
         self._done: dict[Place, Completion] = {}
-        self._missing = 0
+        self.missing = 0  # samples that have been started and have not ended
         self._events: list[StreamEvent] = []
         self._decoders: dict[Place, StreamDecoder] = {}
 
     def expect(self, prompt_index: int) -> None:
         """The samples of this prompt have been started."""
-        self._missing += self._counts[prompt_index]
+        self.missing += self._counts[prompt_index]
 
     @property
     def complete(self) -> bool:
         """Whether all that was started has ended."""
-        return self._missing == 0
+        return self.missing == 0
 
     @property
     def done(self) -> dict[Place, Completion]:
@@ -66,7 +66,7 @@ class Inbox:
         """A sequence that has ended, for whatever reason."""
         completion = self._completion(sequence)
         self._done[sequence.prompt_index, sequence.sample_index] = completion
-        self._missing -= 1
+        self.missing -= 1
         if self.streaming:
             rest = completion.token_ids[sequence.reported :]
             self._events.append(

@@ -123,5 +123,4 @@ class Service:
         one in any case when it has none left."""
         if queue.is_empty:
             return 0
-        share = queue.fair_share - self._sampler.num_unfinished
-        return max(min(self._sampler.room, share), int(inbox.complete))
+        return max(min(self._sampler.room, queue.fair_share - inbox.missing), int(inbox.complete))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from engine import CapacityError, Completion, Engine, EngineConfig, InputError, NumericsError, SamplingParams
+from engine import CapacityError, Completion, Engine, EngineConfig, InputError, NumericsError, Sample, SamplingParams
 from engine.config import ParallelConfig
 from engine.errors import ParallelError
-from engine.parallel.mesh import Mesh
+from engine.parallel.mesh import Mesh, fingerprint
 from tests.parallel.pool import Pool
 from tests.tiny import tiny_config
 
@@ -205,3 +207,57 @@ def seedless() -> list[list[int]]:
 def test_a_seed_drawn_for_the_call_is_the_same_on_every_rank(pool2: Pool) -> None:
     first, second = pool2.run(seedless)
     assert first == second
+
+
+def odd_one_out(name: str) -> str:
+    """The error of a call whose arguments differ on rank 1."""
+    engine = make(ParallelConfig(dp=2))
+    here = engine.mesh.rank
+    sample = Sample([1, 2, 3], [0, 1, 1], advantages=torch.tensor([0.0, 1.0, 1.0 + here]))
+    calls: dict[str, Callable[[], object]] = {
+        "score": lambda: engine.score([[1, 2, 3 + here]]),
+        "forward_backward": lambda: engine.forward_backward([sample]),
+        "optim_step": lambda: engine.optim_step(0.1 * (1 + here)),
+    }
+    with pytest.raises(ParallelError) as caught:
+        calls[name]()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["score", "forward_backward", "optim_step"])
+def test_a_rank_that_trains_on_something_else_is_named(pool2: Pool, name: str) -> None:
+    for message in pool2.run(odd_one_out, name):
+        assert f"{name} was called with other arguments on rank 1 than on rank 0" in message
+
+
+def test_a_fingerprint_is_of_values_not_of_objects() -> None:
+    sample = Sample([1, 2], [0, 1], old_logprobs=torch.tensor([0.0, -1.0]), extra={"why": {3: object()}})
+    twin = Sample([1, 2], [0, 1], old_logprobs=torch.tensor([0.0, -1.0]), extra={"why": {3: object()}})
+    other = Sample([1, 2], [0, 1], old_logprobs=torch.tensor([0.0, -1.5]), extra={"why": {3: object()}})
+    assert fingerprint([sample]) == fingerprint([twin]) != fingerprint([other])
+    assert fingerprint(2**70) == fingerprint(2**70) != fingerprint(2**71)
+
+
+def test_more_alternatives_than_tokens_are_refused(pool2: Pool) -> None:
+    assert pool2.run(too_many) == ["SamplingParams.logprobs is 64; there are 48 tokens"] * 2
+
+
+def too_many() -> str:
+    config = EngineConfig(dtype="float32", parallel=ParallelConfig(pp=2), kv_tokens=256)
+    engine = Engine.from_config(tiny_config(vocab_size=48, tie_word_embeddings=False), config)
+    with pytest.raises(InputError) as caught:
+        engine.generate([[1, 2]], SamplingParams(logprobs=64))
+    return str(caught.value)
+
+
+def of_mesh(parallel: ParallelConfig) -> list[Any]:
+    engine = make(parallel)
+    results = plain(engine.generate(PROMPTS, PARAMS))
+    engine.close()
+    return results
+
+
+def test_a_pipeline_of_tensor_parallel_stages_samples_what_one_such_stage_does(pool2: Pool, pool4: Pool) -> None:
+    alone = pool2.run(of_mesh, ParallelConfig(tp=2))
+    staged = pool4.run(of_mesh, ParallelConfig(pp=2, tp=2))
+    assert staged == [alone[0]] * 4

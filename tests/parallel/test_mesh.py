@@ -122,11 +122,6 @@ def agree_on(prints: list[int]) -> None:
     mesh.agree("forward_backward", prints[mesh.rank])
 
 
-def agree_any_of(flags: list[bool]) -> bool:
-    mesh = make_mesh(ParallelConfig())
-    return mesh.agree_any(flags[mesh.rank])
-
-
 def refused(config: ParallelConfig) -> None:
     make_mesh(config)
 
@@ -161,8 +156,3 @@ def test_disagreement_names_call_and_ranks_on_every_rank(pool4: Pool) -> None:
     with pytest.raises(ParallelError, match="forward_backward was called with other arguments on ranks 1, 3 than") as e:
         pool4.run(agree_on, [7, 8, 7, 9])
     assert len(e.value.__notes__) == 4
-
-
-@pytest.mark.parametrize("flags", [[False, False], [False, True], [True, False], [True, True]])
-def test_agree_any_is_true_everywhere_if_it_is_anywhere(pool2: Pool, flags: list[bool]) -> None:
-    assert pool2.run(agree_any_of, flags) == [any(flags)] * 2

@@ -24,7 +24,7 @@ from tests.parallel.pool import Pool
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = NewModelConfig(
     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=128, initializer_range=0.1,
+    head_dim=16, max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=False,
 )  # fmt: skip
 
 
@@ -75,6 +75,13 @@ def test_two_replicas_of_two_ranks_learn_what_one_such_replica_does_bitwise(
     assert metrics(tmp_path / "four") == metrics(tmp_path / "two")
     assert weights(tmp_path / "four") == weights(tmp_path / "two")
     assert all(line["max_abs_logprob_difference"] == 0.0 for line in metrics(tmp_path / "four"))
+
+
+def test_a_pipeline_learns_what_one_rank_does_bitwise(pool2: Pool, model: str, tmp_path: Path) -> None:
+    pool2.run(learn, model, tmp_path / "two", ParallelConfig(pp=2, micro_batches=3))
+    learn(model, tmp_path / "one", ParallelConfig(micro_batches=3))
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
 
 
 def test_reward_rises_on_two_replicas_of_two_ranks(pool4: Pool, model: str, tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from engine.config import ParallelConfig
 from engine.errors import ParallelError
 from engine.parallel import failure
-from engine.parallel.collectives import Group
+from engine.parallel.collectives import Group, all_gather_object, all_reduce
 from engine.parallel.failure import BEAT_SECONDS, GRACE_SECONDS, SILENT_SECONDS, Process, Watchdog
 from engine.parallel.launch import meet
+from engine.parallel.mesh import make_mesh
 from tests.parallel.pool import Pool
 
 
@@ -126,6 +129,12 @@ def test_rank_that_ended_well_is_no_failure_until_it_is_needed(neighbour: subpro
     )
 
 
+def test_no_collective_begins_after_a_rank_is_gone(pool2: Pool) -> None:
+    """The ranks that are left are out of step: gloo would abort one that gets the bytes of another's collective."""
+    assert "has not begun all_reduce over the group tp (ranks 0, 1)" in pool2.run(begin_after_a_death)[0]
+    pool2.close()
+
+
 def test_machine_that_falls_silent_is_found_by_its_first_rank() -> None:
     processes = [Process.here(0), far(1, "b"), far(2, "c")]
     near, remote, third = dogs(processes, 0, 1, 2)
@@ -221,11 +230,18 @@ def test_ranks_that_do_not_come_are_named() -> None:
 # ---- on ranks ----
 
 
-def error_of_rank_0() -> str:
-    from engine.config import ParallelConfig
-    from engine.parallel.collectives import all_gather_object
-    from engine.parallel.mesh import make_mesh
+def begin_after_a_death() -> str:
+    mesh = make_mesh(ParallelConfig(tp=2))
+    dog = failure.watchdog()
+    assert dog is not None
+    dog.stop()
+    dog.report(KeyError("a planted failure"))
+    with pytest.raises(ParallelError) as caught:
+        all_reduce(torch.ones(3), mesh.tp)
+    return str(caught.value)
 
+
+def error_of_rank_0() -> str:
     mesh = make_mesh(ParallelConfig(tp=2, timeout_seconds=60))
     if mesh.rank == 1:
         os.kill(os.getpid(), 9)

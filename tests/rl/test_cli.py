@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from engine import ConfigError, ParallelConfig, load_config
 from rl.__main__ import main
+from rl.config import TrainConfig
 from rl.demo import demo
 from rl.report import write_report
 
@@ -102,3 +104,15 @@ def test_a_mistake_is_one_clear_line(arguments, message, capsys):
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_parallel_at_the_top_is_that_of_the_engine(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('run_dir = "r"\nmodel = "m"\nsteps = 1\n[env]\nname = "e"\n[schedule]\nlearning_rate = 1.0\n')
+    config = load_config(TrainConfig, file, ["parallel.tp=4", "parallel.dp=2"])
+    assert config.engine.parallel == config.parallel == ParallelConfig(tp=4, dp=2)
+    assert load_config(TrainConfig, file, ["engine.parallel.pp=2"]).parallel == ParallelConfig(pp=2)
+    with pytest.raises(ConfigError, match="both given, and differ"):
+        load_config(TrainConfig, file, ["parallel.tp=4", "engine.parallel.tp=2"])
+    with pytest.raises(ConfigError, match='no key "tpp"'):
+        load_config(TrainConfig, file, ["parallel.tpp=4"])
