@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from engine.parallel.collectives import all_gather_object
 from engine.parallel.ownership import Shares
 
 SCHEDULES = ("constant", "cosine")
+BUCKETS_UNDER_WAY = 2  # of updated weights: what they send and receive is memory beside the weights
 
 
 def learning_rate(
@@ -106,11 +108,13 @@ class AdamW:
         scale = limit / norm if 0.0 < limit < norm else 1.0
         self.allocate()
         self.interrupted = True
-        publishing = []
+        publishing: deque[Callable[[], None]] = deque()
         for bucket in self.shares.buckets:
             for weight in bucket.own:
                 self._step(weight, rate, scale)
             publishing.append(self.shares.start_publishing(bucket))
+            if len(publishing) > BUCKETS_UNDER_WAY:
+                publishing.popleft()()
         for finish in publishing:
             finish()
         self.steps += 1
