@@ -23,11 +23,13 @@ from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope_table
 from engine.kernels.sample_token import sample_token
+from engine.kernels.shard_logprob import fold_statistics, shard_statistics, shard_targets
 from engine.kernels.swiglu import swiglu
 from engine.kernels.token_logprob import token_logprob
 from engine.kernels.weight import Weight
 
 PAGE_SIZE = 16
+SHARDS = 8  # of the vocabulary, where one of them is measured
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,13 @@ def logit_cases(config: ModelConfig, dtype: torch.dtype, rows: int, sampled: int
                lambda: reference(hidden, dense))  # fmt: skip
     yield Case("token_logprob forward + backward", shape, "flops", 3 * work, gradient,
                lambda: torch.autograd.grad(reference(leaf, dense_leaf).sum(), [leaf, dense_leaf]))  # fmt: skip
+    columns = max(1, vocab // SHARDS)
+    shard = torch.randn(rows, columns)
+    local = shard_targets(targets[:, None], 0, columns)
+    statistics = shard_statistics(shard, local).repeat(SHARDS, 1, 1)
+    yield Case(f"shard_logprob 1 of {SHARDS}", f"T={rows} V={columns}", "bytes", 4 * rows * columns,
+               lambda: (shard_statistics(shard, local), fold_statistics(statistics)),
+               lambda: (shard.logsumexp(-1), shard.gather(1, local.clamp_min(0).long())))  # fmt: skip
     logits = torch.randn(sampled, vocab) * 3
     ones, zeros = torch.ones(sampled), torch.zeros(sampled)
     none, counter = torch.zeros(sampled, dtype=torch.int32), torch.arange(sampled)

@@ -47,7 +47,7 @@ def run(pools: dict[int, Pool], function: Any, directory: Path, parallel: dict[s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2, "dp": 2}], ids=str)
 def test_on_the_same_mesh_losses_are_the_same_bits(
     tmp_path: Path, pool2: Pool, pool4: Pool, parallel: dict[str, Any], dtype: str
 ) -> None:
@@ -63,13 +63,16 @@ def test_on_the_same_mesh_losses_are_the_same_bits(
         ({"dp": 4}, {"dp": 2}),
         ({"tp": 2, "dp": 2}, {"tp": 2}),
         ({"dp": 2, "gradient_lanes": 4}, {"dp": 4}),
+        ({"pp": 2, "dp": 2, "micro_batches": 2}, {"dp": 2, "micro_batches": 2}),
+        ({"dp": 2, "micro_batches": 2}, {"pp": 2, "micro_batches": 2}),
     ],
     ids=str,
 )
-def test_with_another_number_of_replicas_losses_are_the_same_bits(
+def test_with_other_replicas_or_stages_losses_are_the_same_bits(
     tmp_path: Path, pool2: Pool, pool4: Pool, before: dict[str, Any], after: dict[str, Any] | None
 ) -> None:
-    """The state says in how many lanes gradients are summed, so the number of replicas does not matter."""
+    """The state says in how many lanes gradients are summed, so the number of replicas does not matter; stages of a
+    pipeline change no bit."""
     pools = {2: pool2, 4: pool4}
     whole = run(pools, train_and_save, tmp_path / "state", before, "bfloat16")
     assert run(pools, resume, tmp_path / "state", after, "bfloat16") == whole[SAVED:]
@@ -77,10 +80,17 @@ def test_with_another_number_of_replicas_losses_are_the_same_bits(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [({"tp": 2, "dp": 2}, {"tp": 4}), ({"tp": 4}, None), ({"tp": 2}, {"dp": 2}), (None, {"tp": 2, "dp": 2})],
+    [
+        ({"tp": 2, "dp": 2}, {"tp": 4}),
+        ({"tp": 4}, None),
+        ({"tp": 2}, {"dp": 2}),
+        (None, {"tp": 2, "dp": 2}),
+        ({"tp": 2, "pp": 2}, {"cp": 2}),
+        ({"cp": 2}, {"tp": 2, "pp": 2}),
+    ],
     ids=str,
 )
-def test_with_other_tensor_parallel_ranks_losses_are_close(
+def test_with_other_tensor_or_context_parallel_ranks_losses_are_close(
     tmp_path: Path, pool2: Pool, pool4: Pool, before: dict[str, Any] | None, after: dict[str, Any] | None
 ) -> None:
     pools = {2: pool2, 4: pool4}
