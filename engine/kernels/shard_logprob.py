@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.kernels.checks import address, check, dtype_code
+from engine.kernels.checks import address, check
 from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
-from engine.kernels.graph import empty
 from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.token_logprob import logits_gradient_cpu
 
 
 def shard_targets(tokens: Tensor, first_row: int, rows: int) -> Tensor:
@@ -159,28 +159,12 @@ def _fold_cpu(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return outputs
 
 
-def _backward_cpu(
-    logits: Tensor,
-    targets: Tensor,
-    inv_temperature: Tensor | None,
-    stats: Tensor,
-    entropy: Tensor,
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    d_logits = logits if dtype == logits.dtype else empty(tuple(logits.shape), dtype)
-    inputs = (logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, d_logits)
-    extension().logits_logprob_backward(dtype_code(dtype), *(address(tensor) for tensor in inputs), *logits.shape)
-    return d_logits
-
-
 SHARD_LOGPROB = Op(
     "shard_logprob",
     [
         Backend(
             "cpu",
-            {"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": _backward_cpu},
+            {"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": logits_gradient_cpu},
             cpu_missing,
             dtypes=KERNEL_DTYPES,
         ),

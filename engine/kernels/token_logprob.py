@@ -150,7 +150,7 @@ def _forward_cpu(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None
     return logprobs, entropy, stats
 
 
-def _backward_cpu(
+def logits_gradient_cpu(
     logits: Tensor,
     targets: Tensor,
     inv_temperature: Tensor | None,
@@ -160,6 +160,7 @@ def _backward_cpu(
     d_entropy: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
+    """Of a row's logits, or of a shard of them (a target of -1 is in another)."""
     d_logits = logits if dtype == logits.dtype else empty(tuple(logits.shape), dtype)
     inputs = (logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, d_logits)
     extension().logits_logprob_backward(dtype_code(dtype), *(address(tensor) for tensor in inputs), *logits.shape)
@@ -190,7 +191,7 @@ def _backward_torch(
 TOKEN_LOGPROB = Op(
     "token_logprob",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
+        Backend("cpu", {"forward": _forward_cpu, "backward": logits_gradient_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
         # torch does not promise one order of summation for every number of rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],
