@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.kernels.weight import PANEL
 from engine.parallel.mesh import Mesh
-
-PANEL = 16  # rows of a packed panel: shards of rows begin on panels
 
 
 @dataclass(frozen=True)
