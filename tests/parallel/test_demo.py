@@ -13,7 +13,7 @@ from rl.metrics import read_lines
 from tests.parallel.test_runs import ENVIRONMENT, ROOT, torchrun
 from tests.rl.test_cli import TINY
 
-# The corpus, the model, the fine-tuning and each GRPO step are the demo's; of these it takes 12 instead of 40, and it is
+# The corpus, the model, the fine-tuning and each GRPO step are the demo's. It takes 12 of these instead of 40, and is
 # measured on 256 problems instead of 512.
 SHORTER = ["sft.evaluation.every=300", "sft.evaluation.problems=64", "train.steps=12", "train.evaluation.every=12",
            "train.evaluation.problems=256"]  # fmt: skip
