@@ -39,9 +39,9 @@ def run_pipeline(
 
     `forward(micro_batch, chunk, stream)` makes of the residual stream (None at the first virtual stage) the stream for
     the next stage, of shape `shapes[micro_batch]` and `dtype`, on `device`; at the last stage, a scalar to minimise, or
-    anything where the plan has no backwards. Gradients of weights go where the backward of the forward's operations puts them,
-    micro-batch by micro-batch in ascending order for each chunk: the bits are those of a single rank. A WEIGHT_GRAD
-    runs the matrix gradients that its INPUT_GRAD put off.
+    anything where the plan has no backwards. Gradients of weights go where the backward of the forward's operations
+    puts them, micro-batch by micro-batch in ascending order for each chunk: the bits are those of a single rank. A
+    WEIGHT_GRAD runs the matrix gradients that its INPUT_GRAD put off.
 
     `plan` has as many ranks as the group and does not deadlock (`schedule.check` says so). Raises ParallelError when
     another rank is gone or late. What `forward` raises comes through, and leaves the other ranks waiting: where they
