@@ -9,11 +9,12 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.dtypes import KERNEL_DTYPES as DTYPES
-from engine.kernels.dtypes import MODEL_DTYPES, wide_dtype
+from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES, wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.op import cpu_layout, extension
 
 PANEL = 16  # rows of a packed panel
+WEIGHT_DTYPES = tuple(dict.fromkeys((*MODEL_DTYPES.values(), *TRITON_DTYPES)))
 _CHUNK_ROWS = 4096  # rows converted at a time when a source dtype needs a detour through fp32
 
 
@@ -30,8 +31,8 @@ class Weight:
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool, decay: bool = True) -> None:
-        if dtype not in MODEL_DTYPES.values():
-            raise InputError(f"weight {name} is {dtype}; weights are {', '.join(map(str, MODEL_DTYPES.values()))}")
+        if dtype not in WEIGHT_DTYPES:
+            raise InputError(f"weight {name} is {dtype}; weights are {', '.join(map(str, WEIGHT_DTYPES))}")
         if len(shape) not in (1, 2) or min(shape) < 1:
             raise InputError(f"weight {name} has shape {tuple(shape)}; a weight is a matrix [N, K] or a vector [N]")
         if packed and len(shape) != 2:
