@@ -46,5 +46,9 @@ def check(
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the elements lie; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the elements lie, for a C++ kernel; 0 for None. Raises InputError for a tensor of another device."""
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise InputError(f"a C++ kernel got a tensor on {tensor.device}; all that it reads lies on the cpu: use .cpu()")
+    return tensor.data_ptr()

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.dtypes import KERNEL_DTYPES as DTYPES
-from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES, wide_dtype
+from engine.kernels.dtypes import MODEL_DTYPES, wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.op import cpu_layout, extension
 
 PANEL = 16  # rows of a packed panel
-WEIGHT_DTYPES = tuple(dict.fromkeys((*MODEL_DTYPES.values(), *TRITON_DTYPES)))
 _CHUNK_ROWS = 4096  # rows converted at a time when a source dtype needs a detour through fp32
 
 
@@ -23,7 +22,8 @@ class Weight:
 
     A packed matrix lies in panels of 16 rows: fp32 [ceil(N/16), K, 16], bf16 [ceil(N/16), ceil(K/2), 16, 2], where
     rows past N and the column past an odd K are zero. Anything else is dense, and so is every weight in float64 or
-    for other kernels than the C++ ones (`packed` is then False whatever was asked for). `grad` is fp32 (float64 for a
+    for other kernels than the C++ ones (`packed` is then False whatever was asked for). It lies on the device that is
+    torch's default when it is made, and its gradient with it. `grad` is fp32 (float64 for a
     float64 weight) and dense, or None before the first gradient; kernels add to it in place. `decay` says whether the
     optimizer's weight decay applies.
 
@@ -31,8 +31,8 @@ class Weight:
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool, decay: bool = True) -> None:
-        if dtype not in WEIGHT_DTYPES:
-            raise InputError(f"weight {name} is {dtype}; weights are {', '.join(map(str, WEIGHT_DTYPES))}")
+        if dtype not in MODEL_DTYPES.values():
+            raise InputError(f"weight {name} is {dtype}; weights are {', '.join(map(str, MODEL_DTYPES.values()))}")
         if len(shape) not in (1, 2) or min(shape) < 1:
             raise InputError(f"weight {name} has shape {tuple(shape)}; a weight is a matrix [N, K] or a vector [N]")
         if packed and len(shape) != 2:
@@ -58,7 +58,8 @@ class Weight:
     def load_(self, dense: Tensor, row: int = 0) -> None:
         """Writes rows [row, row + len(dense)) in place, rounding to the nearest value of `dtype` (ties to even).
 
-        `dense` is [rows, K], or [rows] for a vector, of any floating dtype. Raises InputError when it does not fit.
+        `dense` is [rows, K], or [rows] for a vector, of any floating dtype, on the CPU or the weight's device. Raises
+        InputError when it does not fit.
         """
         if not dense.is_floating_point():
             raise InputError(f"weight {self.name} cannot be loaded from {dense.dtype}; give a floating dtype")
@@ -78,7 +79,8 @@ class Weight:
             )  # fmt: skip
 
     def dense(self, row: int = 0, rows: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of rows [row, row + rows) (to the end by default) as [rows, K] or [rows], in `dtype` or the weight's.
+        """A copy of rows [row, row + rows) (to the end by default) as [rows, K] or [rows], in `dtype` or the weight's,
+        on the weight's device.
 
         Raises InputError when the rows are not there.
         """
@@ -120,7 +122,7 @@ class Weight:
             whole, row = self._grad_source
             self.grad = whole.grad_buffer()[row : row + self.shape[0]]
         if self.grad is None:
-            self.grad = zeros(self.shape, wide_dtype(self.dtype))
+            self.grad = zeros(self.shape, wide_dtype(self.dtype), self.data.device)
         return self.grad
 
     def zero_grad(self) -> None:

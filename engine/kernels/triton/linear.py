@@ -74,7 +74,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: 
     tiles = _FLOAT_TILES if a.dtype == torch.float32 else _half_tiles(rows, columns)
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)
     launch(
-        _kernel, grid, a, b, bias, out, rows, columns, depth, *a.stride(), *b.stride(),
+        _multiply, grid, a, b, bias, out, rows, columns, depth, *a.stride(), *b.stride(),
         ADD=add, WHOLE=depth % tiles.depth == 0, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=8,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def _half_tiles(rows: int, columns: int) -> _Tiles:
 
 
 @triton.jit
-def _kernel(
+def _multiply(
     a, b, bias, out, rows, columns, depth, a_row, a_depth, b_depth, b_column,
     ADD: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr,

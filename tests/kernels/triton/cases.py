@@ -17,9 +17,8 @@ needs_triton = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing(
 
 def device_weight(values: Tensor, dtype: torch.dtype, grad: float = 0.0) -> Weight:
     """A dense weight on DEVICE, whose gradient so far is `grad` everywhere."""
-    with use_backend("triton"):
+    with use_backend("triton"), torch.device(DEVICE):
         weight = Weight("w", tuple(values.shape), dtype, packed=values.dim() == 2)
     weight.load_(values)
-    weight.data = weight.data.to(DEVICE)
-    weight.grad = torch.full(weight.shape, grad, device=DEVICE)
+    weight.grad_buffer().fill_(grad)
     return weight

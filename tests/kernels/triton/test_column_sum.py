@@ -6,7 +6,7 @@ from tests.kernels.triton.cases import DEVICE, needs_triton
 from tests.row_invariance import assert_same_bits
 
 pytest.importorskip("triton")
-from engine.kernels.triton.column_sum import add_column_sums_  # noqa: E402
+from engine.kernels.triton.column_sum import add_column_sums_
 
 pytestmark = needs_triton
 
