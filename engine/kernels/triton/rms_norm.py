@@ -74,7 +74,7 @@ def _forward(x, delta, weight, total, out, rstd, width, eps, BLOCK: tl.constexpr
 
 @triton.jit
 def _backward(dy, d_sum, x, weight, rstd, dx, partial, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = rstd (dn - x rstd^2 mean(dn x)) + d_sum with dn = dy weight; partial = the chunk's sum of dy round(x rstd)."""
+    """dx = rstd (dn - x rstd^2 mean(dn x)) + d_sum, dn = dy weight; partial = the sum of dy round(x rstd)."""
     chunk = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
