@@ -73,8 +73,18 @@ def test_float64_stays_on_the_cpu(two_gpus):
 
 
 def test_float16_needs_a_kernel():
-    with pytest.raises(ConfigError, match=r'"float16", which no kernel computes in on the cpu; use "bfloat16"'):
+    with pytest.raises(ConfigError, match=r'"float16", and there is no kernel for that on the cpu .*; use "bfloat16"'):
         Engine.from_config(tiny_config(), EngineConfig(device="cpu", dtype="float16"))
+
+
+def test_keys_and_values_in_fp8_need_a_kernel():
+    with pytest.raises(ConfigError, match=r'kv_dtype is "fp8_e4m3", and there is no kernel .* on the cpu .*"auto"'):
+        Engine.from_config(tiny_config(), EngineConfig(device="cpu", kv_dtype="fp8_e4m3"))
+
+
+def test_an_unknown_kv_dtype_is_refused():
+    with pytest.raises(ConfigError, match=r'kv_dtype is "fp8".*"?fp8_e4m3"?'):
+        EngineConfig(kv_dtype="fp8")
 
 
 def test_what_is_made_lies_on_the_device_around_it():
