@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -93,9 +94,10 @@ def plan(args: argparse.Namespace) -> None:
 
 def ops(args: argparse.Namespace) -> None:
     """Which backend runs each op here, and why not the others."""
-    table = Table("op", "backend", "chosen", "exact", "why not")
-    for row in op_rows(MODEL_DTYPES[args.dtype]):
-        table.add_row(row.op, row.backend, "yes" if row.chosen else "", "yes" if row.exact else "no", row.why_not)
+    table = Table("op", "backend", "chosen", "exact", "proven", "why not")
+    for row in op_rows(MODEL_DTYPES[args.dtype], args.device):
+        exact, proven = ("yes" if each else "no" for each in (row.exact, row.proven))
+        table.add_row(row.op, row.backend, "yes" if row.chosen else "", exact, proven, row.why_not)
     console.print(table)
 
 
@@ -130,7 +132,10 @@ def parser() -> argparse.ArgumentParser:
     sub = with_model(command(score, "score"))
     sub.add_argument("text")
     planner.add_arguments(command(plan, "plan"))
-    command(ops, "ops").add_argument("--dtype", default="bfloat16", choices=MODEL_DTYPES, help="of the model")
+    sub = command(ops, "ops")
+    sub.add_argument("--dtype", default="bfloat16", choices=MODEL_DTYPES, help="of the model")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    sub.add_argument("--device", default=default, choices=["cpu", "cuda"], help="where the model lies")
     return top
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
 from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.weight import Weight
 
 
@@ -42,13 +42,13 @@ def adamw_(
     for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check(name, tensor, weight.shape, wide_dtype(weight.dtype))
     settings = (learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step)
-    ADAMW["step", weight.dtype](weight, master, exp_avg, exp_avg_sq, *settings)
+    ADAMW["step", weight.data](weight, master, exp_avg, exp_avg_sq, *settings)
 
 
 def squared_norm(tensor: Tensor) -> float:
     """Sum of the squares of a contiguous float32 or float64 tensor, in float64: the same for any number of threads."""
     check("tensor", tensor, (None,) * tensor.dim(), wide_dtype(tensor.dtype))
-    return ADAMW["squared_norm", tensor.dtype](tensor)
+    return ADAMW["squared_norm", tensor](tensor)
 
 
 def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float) -> None:
@@ -91,7 +91,7 @@ def _squared_norm_torch(tensor: Tensor) -> float:
 ADAMW = Op(
     "adamw",
     [
-        Backend("cpu", {"step": _step_cpu, "squared_norm": _squared_norm_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
+        cpu_backend({"step": _step_cpu, "squared_norm": _squared_norm_cpu}, KERNEL_DTYPES),
         Backend("torch", {"step": _step_torch, "squared_norm": _squared_norm_torch}),
     ],
 )

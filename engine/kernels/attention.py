@@ -19,7 +19,7 @@ from engine.errors import InputError
 from engine.kernels.dtypes import MODEL_DTYPES, wide, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.memory import zeros
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, cpu_missing, extension
 from engine.kernels.rope import apply_rope
 from engine.kernels.weight import DTYPES, Weight
 
@@ -223,7 +223,7 @@ def attention(
             raise InputError("attention has no gradient through a KV cache; call it without keys and values")
         return _Attention.apply(qkv, kv, spec, rope, plan, q_norm, k_norm)
     kv = None if kv is None else kv.detach()
-    return OP["forward", qkv.dtype](qkv.detach(), kv, spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
+    return OP["forward", qkv](qkv.detach(), kv, spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -232,7 +232,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
                 q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
-        out, lse = OP["forward", qkv.dtype](qkv, kv, spec, rope, plan, None, None, q_norm, k_norm, True)
+        out, lse = OP["forward", qkv](qkv, kv, spec, rope, plan, None, None, q_norm, k_norm, True)
         ctx.save_for_backward(qkv, kv, out, lse)
         ctx.spec, ctx.rope, ctx.plan, ctx.q_norm, ctx.k_norm = spec, rope, plan, q_norm, k_norm
         ctx.version = plan.version, plan.kv_plan.version
@@ -243,7 +243,7 @@ class _Attention(torch.autograd.Function):
         if (ctx.plan.version, ctx.plan.kv_plan.version) != ctx.version:
             raise InputError("the attention plan was built anew between forward and backward; use one plan per batch")
         qkv, kv, out, lse = ctx.saved_tensors
-        d_qkv, d_kv = OP["backward", qkv.dtype](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, kv, ctx.spec, ctx.rope,
+        d_qkv, d_kv = OP["backward", qkv](d_out.to(qkv.dtype).contiguous(), out, lse, qkv, kv, ctx.spec, ctx.rope,
                                                 ctx.plan, ctx.q_norm, ctx.k_norm)  # fmt: skip
         return d_qkv, d_kv, None, None, None, None, None
 
@@ -469,7 +469,7 @@ def _cpu_backward(d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, kv: Tens
 OP = Op(
     "attention",
     [
-        Backend("cpu", {"forward": _cpu_forward, "backward": _cpu_backward}, why_not=cpu_missing, dtypes=DTYPES),
+        cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES),
         Backend("torch", {"forward": _torch_forward, "backward": _torch_backward}, exact=False),
     ],
 )

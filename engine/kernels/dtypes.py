@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.config import DTYPES
 
 KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/common.h numbers them
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODEL_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 

@@ -14,7 +14,7 @@ from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
 from engine.kernels.dtypes import KERNEL_DTYPES
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.weight import Weight
 
 # Weights are no autograd leaves (their gradients go to Weight.grad_buffer()) and ids have none; a graph needs a root.
@@ -36,13 +36,13 @@ def embedding(tokens: Tensor, weight: Weight, first_row: int | None = None) -> T
         raise InputError(f"first_row is {first_row}; a shard begins at row 0 of its table or after it")
     if torch.is_grad_enabled():
         return _Embedding.apply(_anchor, tokens, weight, first_row)
-    return EMBEDDING["forward", weight.dtype](tokens, weight, first_row)
+    return EMBEDDING["forward", weight.data](tokens, weight, first_row)
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tokens: Tensor, weight: Weight, first_row: int | None) -> Tensor:
-        ctx.backend, ctx.weight, ctx.first_row = EMBEDDING.chosen(weight.dtype), weight, first_row
+        ctx.backend, ctx.weight, ctx.first_row = EMBEDDING.serving(weight.data), weight, first_row
         ctx.save_for_backward(tokens)
         return ctx.backend.functions["forward"](tokens, weight, first_row)
 
@@ -100,7 +100,7 @@ def _local(tokens: Tensor, rows: int, first_row: int) -> tuple[Tensor, Tensor]:
 EMBEDDING = Op(
     "embedding",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
+        cpu_backend({"forward": _forward_cpu, "backward": _backward_cpu}, KERNEL_DTYPES),
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}),
     ],
 )

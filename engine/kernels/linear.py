@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.dtypes import wide, wide_dtype
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.weight import DTYPES, Weight
 
 
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Weight, bias: Weight | None = None, out_dtype: tor
         raise InputError(f"linear cannot write {out_dtype} from {x.dtype}; it writes torch.float32 and torch.bfloat16")
     if torch.is_grad_enabled() and x.requires_grad:
         return _Linear.apply(x, weight, bias, out_dtype)
-    return OP["forward", x.dtype](_rows(x), weight, bias, out_dtype)
+    return OP["forward", x](_rows(x), weight, bias, out_dtype)
 
 
 def linear_grad_input(dy: Tensor, weight: Weight) -> Tensor:
@@ -45,7 +45,7 @@ def linear_grad_input(dy: Tensor, weight: Weight) -> Tensor:
     """
     dy = dy.to(weight.dtype)
     _check(dy, weight, "dy", weight.shape[0])
-    return OP["grad_input", weight.dtype](_rows(dy), weight)
+    return OP["grad_input", dy](_rows(dy), weight)
 
 
 def linear_grad_weight_(dy: Tensor, x: Tensor, weight: Weight) -> None:
@@ -61,7 +61,7 @@ def linear_grad_weight_(dy: Tensor, x: Tensor, weight: Weight) -> None:
     if _deferred is not None:
         _deferred.add(_rows(dy), _rows(x), weight)
     else:
-        OP["grad_weight_", weight.dtype](_rows(dy), _rows(x), weight)
+        OP["grad_weight_", dy](_rows(dy), _rows(x), weight)
 
 
 class WeightGradients:
@@ -81,7 +81,7 @@ class WeightGradients:
         """Adds them to their buffers, oldest first, and lets go of them."""
         waiting, self._waiting = self._waiting, []
         for dy, x, weight in waiting:
-            OP["grad_weight_", weight.dtype](dy, x, weight)
+            OP["grad_weight_", dy](dy, x, weight)
 
 
 _deferred: WeightGradients | None = None
@@ -111,7 +111,7 @@ def linear_grad_bias_(dy: Tensor, bias: Weight) -> None:
     """`bias.grad_buffer()` += the sum of dy's rows, [T, N] -> [N], in fp32, token by token."""
     if dy.dim() != 2 or dy.shape[1:] != bias.shape:
         raise InputError(f"dy is {tuple(dy.shape)}; bias {bias.name} {bias.shape} needs one column per element")
-    OP["grad_bias_", bias.dtype](_rows(dy), bias)
+    OP["grad_bias_", bias.data](_rows(dy), bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, out_dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias = weight, bias
-        return OP["forward", x.dtype](_rows(x), weight, bias, out_dtype)
+        return OP["forward", x](_rows(x), weight, bias, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -220,16 +220,14 @@ def _packed(weight: Weight) -> int:
 OP = Op(
     "linear",
     [
-        Backend(
-            "cpu",
+        cpu_backend(
             {
                 "forward": _cpu_forward,
                 "grad_input": _cpu_grad_input,
                 "grad_weight_": _cpu_grad_weight_,
                 "grad_bias_": _cpu_grad_bias_,
             },
-            why_not=cpu_missing,
-            dtypes=DTYPES,
+            DTYPES,
         ),
         Backend(
             "torch",

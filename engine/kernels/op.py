@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import ConfigError
 
@@ -22,6 +27,9 @@ else:
 
 OPS: dict[str, Op] = {}
 _forced: str | None = None
+# Triton's interpreter runs kernels on CPU tensors; it looks at this variable when a kernel is defined, so it holds for
+# the whole process.
+_triton_without_gpu = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def extension() -> ModuleType:
@@ -36,13 +44,67 @@ def cpu_missing() -> str:
     return _C_MISSING
 
 
+def cpu_layout() -> bool:
+    """Whether weights and pages that are made now are for the C++ kernels, in these kernels' layout: they serve the
+    default device, and no other backend is asked for. Otherwise matrices are dense."""
+    return not cpu_missing() and _forced in (None, "cpu") and torch.get_default_device().type in ("cpu", "meta")
+
+
+def cpu_backend(functions: dict[str, Callable[..., Any]], dtypes: Collection[torch.dtype] = ()) -> Backend:
+    """The backend of C++ kernels."""
+    return Backend("cpu", functions, cpu_missing, dtypes=dtypes, devices=("cpu",))
+
+
+def triton_missing() -> str:
+    """Why Triton kernels cannot run here; empty when they can."""
+    if not _triton_installed():
+        return "Triton is not installed (pip install triton); CUDA builds of torch bring it along"
+    if _triton_without_gpu or torch.cuda.is_available():
+        return ""
+    return "torch sees no CUDA device"
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@contextmanager
+def triton_without_gpu() -> Iterator[None]:
+    """Triton's backends take CPU tensors inside this block: for who notes launches down instead of running them."""
+    global _triton_without_gpu
+    before, _triton_without_gpu = _triton_without_gpu, True
+    try:
+        yield
+    finally:
+        _triton_without_gpu = before
+
+
+def lazily(module: str, function: str) -> Callable[..., Any]:
+    """The function of that module, which is imported when it is first called: Triton takes a second to import, and who
+    runs on a CPU has no use for it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), function)(*args, **kwargs)
+
+    return call
+
+
+def triton_backend(module: str, *functions: str, dtypes: Collection[torch.dtype] = ()) -> Backend:
+    """The backend whose functions are those of engine.kernels.triton.`module`, by the same names."""
+    where = f"engine.kernels.triton.{module}"
+    every = {function: lazily(where, function) for function in functions}
+    return Backend("triton", every, triton_missing, dtypes=dtypes, devices=("cuda",), proven=False)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
 
-    `why_not()` is empty where the backend can run; `dtypes` are those it computes in, all if empty. `exact` says that
-    it keeps the contract of row invariance. `functions` are what the op's public functions call, by name ("forward",
-    "backward", ...).
+    `why_not()` is empty where the backend can run; `dtypes` are those it computes in, all if empty; `devices` those
+    whose tensors it takes. `exact` says that it keeps the contract of row invariance, `proven` that it has run on the
+    hardware it is for: until then interpreter and compiler alone vouch for it. `functions` are what the op's public
+    functions call, by name ("forward", "backward", ...).
     """
 
     name: str
@@ -50,9 +112,14 @@ class Backend:
     why_not: Callable[[], str] = lambda: ""
     exact: bool = True
     dtypes: Collection[torch.dtype] = ()
+    devices: Collection[str] = ("cpu", "cuda")
+    proven: bool = True
 
-    def refusal(self, dtype: torch.dtype | None = None) -> str:
-        """Why it cannot compute in `dtype` (None: in any of its own) here; empty where it can."""
+    def refusal(self, dtype: torch.dtype | None = None, device: str = "cpu") -> str:
+        """Why it cannot compute in `dtype` (None: any of its own) on tensors of `device` here; empty where it can."""
+        on_cpu = self.name == "triton" and _triton_without_gpu
+        if device not in self.devices and not on_cpu:
+            return f"it takes {' and '.join(self.devices)} tensors, not {device} ones"
         if reason := self.why_not():
             return reason
         if dtype is None or not self.dtypes or dtype in self.dtypes:
@@ -69,8 +136,9 @@ class Op:
         self.backends = backends
         OPS[name] = self
 
-    def chosen(self, dtype: torch.dtype | None = None) -> Backend:
-        """The first backend that can compute in `dtype` here, or the one `use_backend` asks for.
+    def chosen(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Backend:
+        """The first backend that can compute in `dtype` on tensors of `device` ("cpu" or "cuda") here, or the one
+        `use_backend` asks for.
 
         Raises ConfigError when none can.
         """
@@ -78,17 +146,20 @@ class Op:
         for backend in self.backends:
             if _forced is not None and backend.name != _forced:
                 reasons.append(f"{backend.name}: not the backend asked for ({_forced})")
-            elif reason := backend.refusal(dtype):
+            elif reason := backend.refusal(dtype, device):
                 reasons.append(f"{backend.name}: {reason}")
             else:
                 return backend
         raise ConfigError(f"op {self.name} has no backend that can run here: {'; '.join(reasons)}")
 
-    def __getitem__(self, key: str | tuple[str, torch.dtype]) -> Callable[..., Any]:
-        """op["forward", dtype]: the function of the backend that computes in `dtype`; op["forward"] where there is but
-        one dtype."""
-        function, dtype = (key, None) if isinstance(key, str) else key
-        return self.chosen(dtype).functions[function]
+    def serving(self, tensor: Tensor) -> Backend:
+        """The backend for tensors of this dtype and device."""
+        return self.chosen(tensor.dtype, tensor.device.type)
+
+    def __getitem__(self, key: tuple[str, Tensor]) -> Callable[..., Any]:
+        """op["forward", x]: the function of the backend that serves tensors like x."""
+        function, tensor = key
+        return self.serving(tensor).functions[function]
 
 
 @contextmanager

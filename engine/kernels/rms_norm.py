@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.kernels.checks import address, check, dtype_code
 from engine.kernels.dtypes import KERNEL_DTYPES, wide
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.weight import Weight
 
 
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
     _check(x, weight)
     if torch.is_grad_enabled() and x.requires_grad:
         return _RMSNorm.apply(x, weight, eps)
-    return RMS_NORM["forward", x.dtype](x, None, weight.data, eps, False)[1]
+    return RMS_NORM["forward", x](x, None, weight.data, eps, False)[1]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Weight, eps: float) ->
         check("delta", delta, tuple(x.shape), x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
         return _AddRMSNorm.apply(x, delta, weight, eps)
-    return RMS_NORM["forward", x.dtype](x, delta, weight.data, eps, False)[:2]
+    return RMS_NORM["forward", x](x, delta, weight.data, eps, False)[:2]
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,7 +61,7 @@ def _check(x: Tensor, weight: Weight) -> None:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, eps: float) -> Tensor:
-        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(x.dtype), weight, eps
+        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.serving(x), weight, eps
         _, out, rstd = ctx.backend.functions["forward"](x, None, weight.data, eps, True)
         ctx.save_for_backward(x, rstd)
         return out
@@ -74,7 +74,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
-        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.chosen(x.dtype), weight, eps
+        ctx.backend, ctx.weight, ctx.eps = RMS_NORM.serving(x), weight, eps
         ctx.set_materialize_grads(False)  # nothing reads the last layer's sum: its gradient is None, not zeros
         total, out, rstd = ctx.backend.functions["forward"](x, delta, weight.data, eps, True)
         ctx.has_delta = delta is not None
@@ -135,7 +135,7 @@ def _backward_torch(
 RMS_NORM = Op(
     "rms_norm",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
+        cpu_backend({"forward": _forward_cpu, "backward": _backward_cpu}, KERNEL_DTYPES),
         # torch shares one row's sum among threads when there are few rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.checks import address, check
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.token_logprob import TOKEN_LOGPROB
 
 _MASK = (1 << 64) - 1
@@ -62,7 +62,7 @@ def sample_token(
     check("min_p", min_p, (rows,), torch.float32)
     check("seed", seed, (rows,), torch.int64)
     check("counter", counter, (rows,), torch.int64)
-    return SAMPLE_TOKEN["forward"](logits, temperature, top_k, top_p, min_p, seed, counter)
+    return SAMPLE_TOKEN["forward", logits](logits, temperature, top_k, top_p, min_p, seed, counter)
 
 
 def top_logprobs(logits: Tensor, k: int, inv_temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def top_logprobs(logits: Tensor, k: int, inv_temperature: Tensor | None = None) 
     if inv_temperature is not None:
         check("inv_temperature", inv_temperature, (rows,), torch.float32)
     ids = logits.topk(k, dim=-1).indices.int()
-    return ids, TOKEN_LOGPROB["forward"](logits, ids, inv_temperature)[0]
+    return ids, TOKEN_LOGPROB["forward", logits](logits, ids, inv_temperature)[0]
 
 
 def _forward_cpu(logits: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _forward_torch(logits: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor,
     kept_mass = torch.tensor([mass for _, mass in drawn], dtype=torch.float32)
     temperature = parameters[0]
     inverse = torch.where(temperature > 0, 1 / temperature, 1.0)
-    logprobs = TOKEN_LOGPROB["forward"](logits, tokens.clamp_min(0)[:, None], inverse)[0][:, 0]
+    logprobs = TOKEN_LOGPROB["forward", logits](logits, tokens.clamp_min(0)[:, None], inverse)[0][:, 0]
     return tokens, torch.where(tokens < 0, math.nan, logprobs), kept_mass
 
 
@@ -131,7 +131,7 @@ def _draw(
 SAMPLE_TOKEN = Op(
     "sample_token",
     [
-        Backend("cpu", {"forward": _forward_cpu}, cpu_missing),
+        cpu_backend({"forward": _forward_cpu}),
         Backend("torch", {"forward": _forward_torch}, exact=False),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.checks import address, check
 from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.token_logprob import logits_gradient_cpu
 
 
@@ -38,7 +38,7 @@ def shard_statistics(logits: Tensor, targets: Tensor, inv_temperature: Tensor | 
     _check_columns(targets, logits.shape[1])
     if inv_temperature is not None:
         check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
-    return SHARD_LOGPROB["statistics", logits.dtype](logits, targets, inv_temperature)
+    return SHARD_LOGPROB["statistics", logits](logits, targets, inv_temperature)
 
 
 def fold_statistics(statistics: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def fold_statistics(statistics: Tensor, dtype: torch.dtype = torch.float32) -> t
     check("statistics", statistics, (None, None, None), torch.float64)
     if statistics.shape[0] < 1 or statistics.shape[2] < 3:
         raise InputError(f"statistics are {list(statistics.shape)}; they must be [shards, rows, 3 + targets of a row]")
-    return SHARD_LOGPROB["fold", dtype](statistics, dtype)
+    return SHARD_LOGPROB.chosen(dtype, statistics.device.type).functions["fold"](statistics, dtype)
 
 
 def shard_logprob_backward(
@@ -81,7 +81,7 @@ def shard_logprob_backward(
     check("d_entropy", d_entropy, (rows,), logits.dtype)
     if inv_temperature is not None:
         check("inv_temperature", inv_temperature, (rows,), torch.float32)
-    backward = SHARD_LOGPROB["backward", logits.dtype]
+    backward = SHARD_LOGPROB["backward", logits]
     return backward(logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, dtype)
 
 
@@ -162,12 +162,7 @@ def _fold_cpu(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 SHARD_LOGPROB = Op(
     "shard_logprob",
     [
-        Backend(
-            "cpu",
-            {"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": logits_gradient_cpu},
-            cpu_missing,
-            dtypes=KERNEL_DTYPES,
-        ),
+        cpu_backend({"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": logits_gradient_cpu}, KERNEL_DTYPES),
         Backend(
             "torch",
             {"statistics": _statistics_torch, "fold": _fold_torch, "backward": _backward_torch},

@@ -13,9 +13,9 @@ from torch.nn.functional import silu
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
-from engine.kernels.dtypes import KERNEL_DTYPES
+from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise InputError(f"gate_up has {gate_up.shape[1]} columns; it must have an even number: gate, then up")
     if torch.is_grad_enabled() and gate_up.requires_grad:
         return _SwiGLU.apply(gate_up)
-    return SWIGLU["forward", gate_up.dtype](gate_up)
+    return SWIGLU["forward", gate_up](gate_up)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.backend = SWIGLU.chosen(gate_up.dtype)
+        ctx.backend = SWIGLU.serving(gate_up)
         ctx.save_for_backward(gate_up)
         return ctx.backend.functions["forward"](gate_up)
 
@@ -73,7 +73,8 @@ def _backward_torch(dy: Tensor, gate_up: Tensor) -> Tensor:
 SWIGLU = Op(
     "swiglu",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": _backward_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
+        cpu_backend({"forward": _forward_cpu, "backward": _backward_cpu}, KERNEL_DTYPES),
+        triton_backend("swiglu", "forward", "backward", dtypes=TRITON_DTYPES),
         # torch's vector and scalar exp differ in the last bit, and where a vector ends depends on the number of rows
         Backend("torch", {"forward": swiglu_reference, "backward": _backward_torch}, exact=False),
     ],

@@ -21,22 +21,26 @@ class OpRow:
     backend: str
     chosen: bool
     exact: bool  # keeps the contract of row invariance
+    proven: bool  # has run on the hardware it is for
     why_not: str
 
 
-def rows(dtype: torch.dtype | None = None) -> list[OpRow]:
-    """A row per op and backend for a model of `dtype` (None: of one that the kernels have), ops by name, backends in
-    the order they are tried."""
+def rows(dtype: torch.dtype | None = None, device: str = "cpu") -> list[OpRow]:
+    """A row per op and backend for a model of `dtype` (None: of one that the kernels have) on `device` ("cpu" or
+    "cuda"), ops by name, backends in the order they are tried."""
     for module in iter_modules(engine.kernels.__path__):
         import_module(f"engine.kernels.{module.name}")
     table = []
     for name, op in sorted(OPS.items()):
         try:
-            chosen = op.chosen(dtype).name
+            chosen = op.chosen(dtype, device).name
         except ConfigError:  # nothing can run: every row then says why
             chosen = ""
         for backend in op.backends:
-            reason = backend.refusal(dtype) or (f"{chosen} comes first" if chosen else "not the backend asked for")
+            reason = backend.refusal(dtype, device) or (
+                f"{chosen} comes first" if chosen else "not the backend asked for"
+            )
             is_chosen = backend.name == chosen
-            table.append(OpRow(name, backend.name, is_chosen, backend.exact, "" if is_chosen else reason))
+            why_not = "" if is_chosen else reason
+            table.append(OpRow(name, backend.name, is_chosen, backend.exact, backend.proven, why_not))
     return table

@@ -15,7 +15,7 @@ from engine.kernels.checks import address, check, dtype_code
 from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
-from engine.kernels.op import Backend, Op, cpu_missing, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension
 from engine.kernels.weight import Weight
 
 LOGITS_ELEMENTS = 16 << 20  # of a chunk, 64 MiB: fewer rows and the head's gradient is read and written too often
@@ -60,7 +60,7 @@ def logits_logprob(logits: Tensor, targets: Tensor, inv_temperature: Tensor | No
     _check_targets(targets, (logits.shape[0],), logits.shape[1])
     if inv_temperature is not None:
         check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
-    logprobs, entropy, _ = TOKEN_LOGPROB["forward", logits.dtype](logits, targets[:, None], inv_temperature)
+    logprobs, entropy, _ = TOKEN_LOGPROB["forward", logits](logits, targets[:, None], inv_temperature)
     return logprobs[:, 0], entropy
 
 
@@ -95,7 +95,7 @@ class _TokenLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Weight, targets: Tensor, inv_temperature: Tensor | None, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.backend, ctx.head, ctx.chunk = TOKEN_LOGPROB.chosen(hidden.dtype), head, chunk
+        ctx.backend, ctx.head, ctx.chunk = TOKEN_LOGPROB.serving(hidden), head, chunk
         ctx.set_materialize_grads(False)
         logprobs, entropy, stats = _forward(hidden, head, targets, inv_temperature, chunk)
         ctx.save_for_backward(hidden, targets, inv_temperature, stats, entropy)
@@ -135,7 +135,7 @@ def _forward(
     for part in row_chunks(rows, chunk):
         logits = linear(hidden[part].detach(), head, out_dtype=dtype)  # [c, D] -> [c, V]
         inverse = None if inv_temperature is None else inv_temperature[part]
-        forward = TOKEN_LOGPROB["forward", dtype]
+        forward = TOKEN_LOGPROB["forward", logits]
         column, entropy[part], stats[part] = forward(logits, targets[part, None], inverse)
         logprobs[part] = column[:, 0]
     return logprobs, entropy, stats
@@ -191,7 +191,7 @@ def _backward_torch(
 TOKEN_LOGPROB = Op(
     "token_logprob",
     [
-        Backend("cpu", {"forward": _forward_cpu, "backward": logits_gradient_cpu}, cpu_missing, dtypes=KERNEL_DTYPES),
+        cpu_backend({"forward": _forward_cpu, "backward": logits_gradient_cpu}, KERNEL_DTYPES),
         # torch does not promise one order of summation for every number of rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],

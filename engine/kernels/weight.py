@@ -11,7 +11,7 @@ from engine.errors import InputError
 from engine.kernels.dtypes import KERNEL_DTYPES as DTYPES
 from engine.kernels.dtypes import MODEL_DTYPES, wide_dtype
 from engine.kernels.memory import zeros
-from engine.kernels.op import cpu_missing, extension
+from engine.kernels.op import cpu_layout, extension
 
 PANEL = 16  # rows of a packed panel
 _CHUNK_ROWS = 4096  # rows converted at a time when a source dtype needs a detour through fp32
@@ -22,7 +22,7 @@ class Weight:
 
     A packed matrix lies in panels of 16 rows: fp32 [ceil(N/16), K, 16], bf16 [ceil(N/16), ceil(K/2), 16, 2], where
     rows past N and the column past an odd K are zero. Anything else is dense, and so is every weight in float64 or
-    where the C++ extension is missing (`packed` is then False whatever was asked for). `grad` is fp32 (float64 for a
+    for other kernels than the C++ ones (`packed` is then False whatever was asked for). `grad` is fp32 (float64 for a
     float64 weight) and dense, or None before the first gradient; kernels add to it in place. `decay` says whether the
     optimizer's weight decay applies.
 
@@ -39,7 +39,7 @@ class Weight:
         self.name = name
         self.shape = tuple(shape)
         self.dtype = dtype
-        self.packed = packed and dtype in DTYPES and not cpu_missing()
+        self.packed = packed and dtype in DTYPES and cpu_layout()
         self.decay = decay
         self.data = zeros(storage_shape(self.shape, dtype, self.packed), dtype)
         self.grad: Tensor | None = None

@@ -51,7 +51,7 @@ def test_one_shard_equals_the_unsharded_kernel_bitwise(isa, vocab):
     logits, targets, inverse = randn(33, vocab, scale=4), ids((33, 3), vocab), warmth(33)
     logits[::5, vocab // 2] = -INF
     with use_isa(isa):
-        whole = TOKEN_LOGPROB["forward"](logits, targets, inverse)
+        whole = TOKEN_LOGPROB["forward", logits](logits, targets, inverse)
         folded = fold_statistics(statistics_of(logits, targets, inverse, 1))
     for name, one, other in zip(("log-probabilities", "entropy", "stats"), folded, whole, strict=True):
         assert_same_bits(one, other, name)
@@ -63,7 +63,7 @@ def test_one_shard_of_a_row_that_is_not_finite_equals_the_unsharded_kernel_bitwi
     logits, targets = randn(5, 700), ids((5, 2), 700)
     logits[0, 699], logits[1, 0], logits[2], logits[3, 256:512] = poison, poison, poison, poison
     with use_isa(isa):
-        whole = TOKEN_LOGPROB["forward"](logits, targets, None)
+        whole = TOKEN_LOGPROB["forward", logits](logits, targets, None)
         folded = fold_statistics(statistics_of(logits, targets, None, 1))
     assert whole[0].isnan()[:4].any()
     for name, one, other in zip(("log-probabilities", "entropy", "stats"), folded, whole, strict=True):
@@ -178,8 +178,8 @@ def test_the_gradient_of_one_shard_equals_the_unsharded_kernel_bitwise(isa):
     )
     logits, g, h = hidden @ head.dense().T, randn(rows), randn(rows, seed=1)
     with use_isa(isa):
-        _, entropy, stats = TOKEN_LOGPROB["forward"](logits, targets[:, None], None)
-        whole = TOKEN_LOGPROB["backward"](logits.clone(), targets, None, stats, entropy, g, h, torch.float32)
+        _, entropy, stats = TOKEN_LOGPROB["forward", logits](logits, targets[:, None], None)
+        whole = TOKEN_LOGPROB["backward", logits](logits.clone(), targets, None, stats, entropy, g, h, torch.float32)
         _, entropy, stats = fold_statistics(statistics_of(logits, targets[:, None], None, 1))
         shard = shard_logprob_backward(logits.clone(), targets, None, stats, entropy, g, h, torch.float32)
     assert_same_bits(shard, whole, "gradient")
