@@ -17,7 +17,7 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` itself, if it is contiguous, on the CPU and of this shape (None: any size) and dtype.
+    """`tensor` itself, if it is contiguous and of this shape (None: any size) and dtype.
 
     Raises InputError, which names what differs.
     """
@@ -31,11 +31,13 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch
         raise InputError(f"{name} is {tensor.dtype}; it must be {dtype}")
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()")
-    if tensor.device.type != "cpu":
-        raise InputError(f"{name} is on {tensor.device}; this kernel runs on the cpu: pass {name}.cpu()")
     return tensor
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the elements lie; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the elements lie, for a C++ kernel; 0 for None. Raises InputError for a tensor of another device."""
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise InputError(f"a C++ kernel got a tensor on {tensor.device}; all that it reads lies on the cpu: use .cpu()")
+    return tensor.data_ptr()
