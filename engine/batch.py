@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan
+from engine.kernels.memory import CPU, upload
 from engine.parallel.collectives import Group
 from engine.parallel.context import ContextShard, deal_rows
 
@@ -51,20 +52,35 @@ class TokenBatch:
         return self.num_tokens if self.scattered else None
 
     @classmethod
-    def packed(cls, sequences: list[list[int]], scattered: bool = False, context: Group | None = None) -> TokenBatch:
-        """Whole sequences, positions from 0, no cache: what training and scoring use. With a `context` of several
-        ranks, the rows of them that this rank computes."""
-        (batch,) = cls.lanes(sequences, scattered, context, 1)
+    def packed(
+        cls,
+        sequences: list[list[int]],
+        scattered: bool = False,
+        context: Group | None = None,
+        device: torch.device = CPU,
+    ) -> TokenBatch:
+        """Whole sequences, positions from 0, no cache: what training and scoring use, with the tokens on `device`. With
+        a `context` of several ranks, the rows of them that this rank computes."""
+        (batch,) = cls.lanes(sequences, scattered, context, 1, device)
         return batch
 
     @classmethod
-    def lanes(cls, sequences: list[list[int]], scattered: bool, context: Group | None, each: int) -> list[TokenBatch]:
-        """The rows of whole sequences that this rank computes, as the lanes whose gradients are summed by themselves:
-        `each` on each rank of `context`."""
+    def lanes(
+        cls,
+        sequences: list[list[int]],
+        scattered: bool,
+        context: Group | None,
+        each: int,
+        device: torch.device = CPU,
+    ) -> list[TokenBatch]:
+        """The same rows as the lanes whose gradients are summed by themselves: `each` on each rank of `context`."""
         lengths = [len(s) for s in sequences]
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int32)
         context = context or Group("cp")
         if context.size * each == 1:
-            return [cls(tokens, AttentionPlan.of_sequences(lengths), scattered=scattered)]
+            return [cls(upload(tokens, device), AttentionPlan.of_sequences(lengths), scattered=scattered)]
         shard = ContextShard(context, deal_rows(lengths, context.size * each), lengths)
-        return [cls(tokens[lane.rows], lane.plan, scattered=scattered, context=shard) for lane in shard.lanes]
+        return [
+            cls(upload(tokens[lane.rows], device), lane.plan, scattered=scattered, context=shard)
+            for lane in shard.lanes
+        ]

@@ -16,10 +16,17 @@ def dtype_code(dtype: torch.dtype) -> int:
     return DTYPES[dtype]
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` itself, if it is contiguous and of this shape (None: any size) and dtype.
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """`tensor` itself, if it is contiguous, of this shape (None: any size) and dtype, and on `device`.
 
-    Raises InputError, which names what differs.
+    An op is chosen by the device of its first tensor; the others are checked to be on the same one. Raises InputError,
+    which names what differs.
     """
     sizes = tuple(tensor.shape)
     if len(sizes) != len(shape) or any(
@@ -31,6 +38,10 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch
         raise InputError(f"{name} is {tensor.dtype}; it must be {dtype}")
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()")
+    if device is not None and tensor.device != device:
+        raise InputError(
+            f"{name} is on {tensor.device}; the call's first tensor is on {device}: pass {name}.to({str(device)!r})"
+        )
     return tensor
 
 
