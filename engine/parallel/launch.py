@@ -162,7 +162,7 @@ def _backend() -> str:
 
 def connects_gpus() -> bool:
     """Whether tensors in the memory of GPUs can travel between the connected ranks."""
-    return dist.is_initialized() and "cuda:" in dist.get_backend_config()
+    return dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
 
 
 def _leave() -> None:
