@@ -1,0 +1,321 @@
+"""Attention, backward, on a GPU (arXiv 2205.14135, algorithm 4, once for queries and once for keys).
+
+Rows are (token, query head) pairs that share a kv head, token-major, as in the forward. Two kernels recompute the
+probabilities P = 2^(c S - L) from the logarithm L that the forward saved; each program owns what it writes, and walks
+the other side in a fixed order, so nothing is summed by two programs and the same call has the same bits:
+
+  _grad_queries, one program per tile of rows:   for key tiles:  dQ += dS K          dS = P (dP - D), D = rowsum(dO O)
+  _grad_keys, one program per tile of keys:      for row tiles:  dV += P' dO, dK += dS' Q     (transposed throughout)
+
+P and dS are rounded to the model's type before the products they enter; sums are fp32. Tiles start where sequences do,
+so that a sequence's gradients do not depend on the others in the batch. Tiles that no mask touches are computed without
+one, tiles that it hides whole are skipped. The epilogues go back through the scale, RoPE and the norms and round once.
+
+# T tokens, H query heads, K kv heads, G = H / K, Dh head width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.graph import empty
+from engine.kernels.triton.launch import launch
+from engine.kernels.triton.rotate_backward import add_norm_gradient, head_columns, turn_back
+from engine.kernels.weight import Weight
+
+if TYPE_CHECKING:
+    from engine.kernels.attention import AttentionPlan, AttentionSpec
+
+_LOG2E = 1.4426950408889634
+_NO_ROW = tl.constexpr(1e30)  # L of a row that does not exist: its P is 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and keys of a tile in either kernel, and how it is launched."""
+
+    query_rows: int  # _grad_queries: rows of a program
+    query_keys: int  # and keys of a step
+    key_keys: int  # _grad_keys: keys of a program
+    key_rows: int  # and rows of a step
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """A function of the model alone. 16-bit tiles fill two warpgroups' registers (255 a thread) without spilling and
+    stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
+    if dtype == torch.float32:
+        return Tiles(32, 32, 32, 32, 4, 1)
+    if head_dim <= 64:
+        return Tiles(128, 64, 128, 64, 8, 3)
+    if head_dim <= 128:
+        return Tiles(128, 64, 128, 64, 8, 2)
+    return Tiles(128, 32, 64, 32, 8, 2)
+
+
+def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
+    """What the programs of both kernels do, heaviest first: int32 [n, 4] and [n, 6].
+
+    A tile of rows: first token and last token + 1 of its sequence's queries, its first row among theirs, the sequence's
+    first key. A tile of keys: its first key and last + 1, and among the query tokens the first that sees one of them, the
+    first that is not before any of them, the first that the window hides one from, the first that it hides all from.
+    Keys are named by their row of `kv`.
+    """
+    starts = plan.kv_plan.cu_seqlens.numpy().astype(np.int64)
+    rows = plan.rows().numpy()  # the key row of each query, rising
+    query_starts = np.searchsorted(rows, starts)
+
+    counts = -(-np.diff(query_starts) * group // tiles.query_rows)
+    sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
+    first, last, row = query_starts[sequence], query_starts[sequence + 1], index * tiles.query_rows
+    highest = rows[np.minimum(first + (row + tiles.query_rows - 1) // group, last - 1)] - starts[sequence]
+    queries = np.stack([first, last, row, starts[sequence]], 1)
+    queries = queries[np.argsort(-np.minimum(highest, window or highest), kind="stable")]
+
+    counts = -(-np.diff(starts) // tiles.key_keys)
+    sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
+    begin = starts[sequence] + index * tiles.key_keys
+    end = np.minimum(begin + tiles.key_keys, starts[sequence + 1])
+    first, last = query_starts[sequence], query_starts[sequence + 1]
+
+    def bound(key: np.ndarray) -> np.ndarray:
+        return np.clip(np.searchsorted(rows, key), first, last)
+
+    seen, whole = bound(begin), bound(begin + tiles.key_keys - 1)
+    cut, hidden = (bound(begin + window), bound(end - 1 + window)) if window else (last, last)
+    keys = np.stack([begin, end, seen, np.minimum(whole, hidden), cut, hidden], 1)
+    keys = keys[np.argsort(seen - hidden, kind="stable")]
+    return queries.astype(np.int32), keys.astype(np.int32)
+
+
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def gradients(
+    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, kv: Tensor, d_x: Tensor,
+    d_kv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, rows_of_kv: Tensor, positions: Tensor,
+    work: tuple[Tensor, Tensor], q_norm: Weight | None, k_norm: Weight | None,
+) -> None:  # fmt: skip
+    """Writes the gradients of queries `x` [T, >= H Dh] to d_x, and those of keys and values `kv` [T_kv, >= 2K Dh] to d_kv.
+
+    q [T, H, Dh], k [T_kv, K, Dh] are normed and turned, as the forward multiplied them; v is [T_kv, K, Dh] of any row
+    stride. `rows_of_kv` (int32 [T]) and `positions` (int32 [T_kv]) are the plan's; `work` is from work_lists.
+    """
+    tiles = tiles_for(spec.head_dim, q.dtype)
+    group = spec.num_heads // spec.num_kv_heads
+    factor = spec.scale * _LOG2E
+    delta = empty((x.shape[0], spec.num_heads), torch.float32, x.device)
+    shape = {
+        "HEADS": spec.num_heads, "GROUP": group, "DIM": spec.head_dim, "BLOCK": triton.next_power_of_2(spec.head_dim),
+        "WINDOW": spec.window or 0, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    }  # fmt: skip
+    rows = [k.stride(0), v.stride(0)]
+    for kernel, table, given, source, target, norm, block in (
+        (_grad_queries, work[0], (q, k, v, d_out, out, lse, delta), x, d_x, q_norm, (tiles.query_rows, tiles.query_keys)),
+        (_grad_keys, work[1], (q, k, v, d_out, lse, delta), kv, d_kv, k_norm, (tiles.key_rows, tiles.key_keys)),
+    ):
+        programs = table.shape[0], spec.num_kv_heads
+        sums = None if norm is None else empty((programs[0] * programs[1], spec.head_dim), torch.float32, x.device)
+        launch(kernel, programs, *given, rows_of_kv, positions, rope, source, None if norm is None else norm.data,
+               target, sums, table, factor, spec.scale, spec.eps, *rows, source.stride(0), target.stride(0),
+               ROWS=block[0], KEYS=block[1], **shape)  # fmt: skip
+        if norm is not None and sums is not None and len(sums):
+            add_norm_gradient(sums, norm)
+
+
+@triton.jit
+def _rows_of(row, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens and heads of the rows from `row` on, tokens counted from that of `row`."""
+    lane = tl.arange(0, BLOCK)
+    if BLOCK % GROUP != 0:  # else tiles start with a token
+        lane += row % GROUP
+    return lane // GROUP, lane % GROUP
+
+
+@triton.jit
+def _load(pointer, valid, inside, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile; 0 in columns that are not `inside` a head, and, where MASKED, in rows that are not `valid`."""
+    if MASKED:
+        if DIM == BLOCK:
+            return tl.load(pointer, mask=valid[:, None], other=0.0)
+        return tl.load(pointer, mask=valid[:, None] & inside[None, :], other=0.0)
+    if DIM == BLOCK:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _walk_keys(
+    d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, last, k_row, v_row,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds dS K of the key tiles from `begin` to `end` to d_q; keys and `own` count from where `k` and `v` point."""
+    column, inside = head_columns(DIM, BLOCK)
+    lane = tl.arange(0, KEYS)
+    for key in range(begin, end, KEYS):
+        at = key + lane
+        step = tl.cast(key, tl.int64)
+        k_tile = _load(k + step * k_row + lane[:, None] * k_row + column[None, :], at <= last, inside, MASKED, DIM, BLOCK)
+        v_tile = _load(v + step * v_row + lane[:, None] * v_row + column[None, :], at <= last, inside, MASKED, DIM, BLOCK)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [rows, keys]
+        p = tl.exp2(tl.fma(scores, factor, -lse[:, None]))
+        if MASKED:
+            visible = at[None, :] <= own[:, None]
+            if WINDOW:
+                visible = visible & (at[None, :] > own[:, None] - WINDOW)
+            p = tl.where(visible, p, 0.0)
+        d_p = tl.dot(d_out, tl.trans(v_tile), input_precision="ieee")
+        d_s = (p * (d_p - delta[:, None])).to(q.dtype)
+        d_q = tl.dot(d_s, k_tile, d_q, input_precision="ieee")
+    return d_q
+
+
+@triton.jit
+def _grad_queries(
+    q, k, v, d_out, out, lse, delta, rows_of_kv, positions, rope, x, q_norm, d_x, norm_sums, work,
+    factor, scale, eps, k_row, v_row, x_row, d_x_row,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(work + tile * 4)
+    last_token = tl.load(work + tile * 4 + 1)
+    row = tl.load(work + tile * 4 + 2)
+    first_key = tl.load(work + tile * 4 + 3)
+    first += row // GROUP
+    tokens, heads = _rows_of(row, ROWS, GROUP)
+    heads += kv_head * GROUP
+    tokens += first
+    valid = tokens < last_token
+    wide = tokens.to(tl.int64)
+    column, inside = head_columns(DIM, BLOCK)
+    at = (wide * HEADS + heads) * DIM
+    tile_at = at[:, None] + column[None, :]
+    q_tile = _load(q + tile_at, valid, inside, True, DIM, BLOCK)
+    d_out_tile = _load(d_out + tile_at, valid, inside, True, DIM, BLOCK)
+    out_tile = _load(out + tile_at, valid, inside, True, DIM, BLOCK)
+    dots = tl.sum(d_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + wide * HEADS + heads, dots, mask=valid)
+    logs = tl.load(lse + wide * HEADS + heads, mask=valid, other=_NO_ROW)
+    kv_rows = tl.load(rows_of_kv + tokens, mask=valid, other=0)
+    own = kv_rows - first_key
+
+    last_of_tile = first + (row % GROUP + ROWS - 1) // GROUP
+    lowest = tl.load(rows_of_kv + first) - first_key
+    highest = tl.load(rows_of_kv + tl.minimum(last_of_tile, last_token - 1)) - first_key
+    begin = 0
+    full_begin = 0
+    if WINDOW:
+        begin = tl.maximum(lowest - WINDOW + 1, 0) // KEYS * KEYS
+        full_begin = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), KEYS) * KEYS
+    full_end = tl.maximum((lowest + 1) // KEYS * KEYS, full_begin)
+    k += first_key.to(tl.int64) * k_row + kv_head * DIM
+    v += first_key.to(tl.int64) * v_row + kv_head * DIM
+    d_q = tl.zeros([ROWS, BLOCK], tl.float32)
+    if WINDOW:
+        d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin, highest,
+                         k_row, v_row, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
+    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_begin, full_end, highest,
+                     k_row, v_row, DIM, BLOCK, KEYS, WINDOW, False)  # fmt: skip
+    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_end, highest + 1, highest,
+                     k_row, v_row, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
+
+    position = tl.load(positions + kv_rows, mask=valid, other=0).to(tl.int64)
+    turn_back(d_q * scale, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
+              d_x + wide * d_x_row + heads * DIM, norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
+
+
+@triton.jit
+def _walk_rows(
+    d_k, d_v, k, v, q, d_out, lse, delta, rows_of_kv, factor, first, last, begin, end, key,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v; rows count from token `first`."""
+    column, inside = head_columns(DIM, BLOCK)
+    keys = key + tl.arange(0, KEYS)
+    for row in range(begin, end, ROWS):
+        tokens, heads = _rows_of(row, ROWS, GROUP)
+        token = first + row // GROUP
+        valid = tokens < last - token
+        base = tl.cast(token, tl.int64) * HEADS
+        at = tokens * HEADS + heads
+        tile_at = base * DIM + at[:, None] * DIM + column[None, :]
+        q_tile = _load(q + tile_at, valid, inside, True, DIM, BLOCK)
+        d_out_tile = _load(d_out + tile_at, valid, inside, True, DIM, BLOCK)
+        logs = tl.load(lse + base + at, mask=valid, other=_NO_ROW)
+        dots = tl.load(delta + base + at, mask=valid, other=0.0)
+        scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
+        p = tl.exp2(tl.fma(scores, factor, -logs[None, :]))
+        if MASKED:
+            own = tl.load(rows_of_kv + token + tokens, mask=valid, other=-1)
+            visible = keys[:, None] <= own[None, :]
+            if WINDOW:
+                visible = visible & (keys[:, None] > own[None, :] - WINDOW)
+            p = tl.where(visible, p, 0.0)
+        d_v = tl.dot(p.to(q_tile.dtype), d_out_tile, d_v, input_precision="ieee")
+        d_p = tl.dot(v, tl.trans(d_out_tile), input_precision="ieee")
+        d_s = (p * (d_p - dots[None, :])).to(q_tile.dtype)
+        d_k = tl.dot(d_s, q_tile, d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@triton.jit
+def _grad_keys(
+    q, k, v, d_out, lse, delta, rows_of_kv, positions, rope, x, k_norm, d_x, norm_sums, work,
+    factor, scale, eps, k_row, v_row, x_row, d_x_row,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    key = tl.load(work + tile * 6)
+    end_key = tl.load(work + tile * 6 + 1)
+    seen = tl.load(work + tile * 6 + 2)
+    whole = tl.load(work + tile * 6 + 3)
+    cut = tl.load(work + tile * 6 + 4)
+    hidden = tl.load(work + tile * 6 + 5)
+    column, inside = head_columns(DIM, BLOCK)
+    keys = key + tl.arange(0, KEYS)
+    valid = keys < end_key
+    wide = keys.to(tl.int64)
+    k_tile = _load(k + kv_head * DIM + wide[:, None] * k_row + column[None, :], valid, inside, True, DIM, BLOCK)
+    v_tile = _load(v + kv_head * DIM + wide[:, None] * v_row + column[None, :], valid, inside, True, DIM, BLOCK)
+    q += kv_head * GROUP * DIM
+    d_out += kv_head * GROUP * DIM
+    lse += kv_head * GROUP
+    delta += kv_head * GROUP
+
+    end = (hidden - seen) * GROUP
+    full_begin = tl.cdiv((whole - seen) * GROUP, ROWS) * ROWS
+    full_end = end
+    if WINDOW:
+        if cut < hidden:
+            full_end = tl.maximum((cut - seen) * GROUP // ROWS * ROWS, full_begin)
+    d_k = tl.zeros([KEYS, BLOCK], tl.float32)
+    d_v = tl.zeros([KEYS, BLOCK], tl.float32)
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, rows_of_kv, factor, seen, hidden, 0,
+                          full_begin, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, rows_of_kv, factor, seen, hidden, full_begin,
+                          full_end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, False)  # fmt: skip
+    if WINDOW:
+        d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, rows_of_kv, factor, seen, hidden,
+                              full_end, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
+
+    d_x += kv_head * DIM
+    to = d_x + wide * d_x_row
+    values = to[:, None] + tl.num_programs(1) * DIM + column[None, :]
+    stored = valid[:, None] & inside[None, :]
+    tl.store(values, d_v.to(d_x.dtype.element_ty), mask=stored)
+    position = tl.load(positions + keys, mask=valid, other=0).to(tl.int64)
+    turn_back(d_k * scale, x + wide * x_row + kv_head * DIM, rope + position * DIM, k_norm, to,
+              norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
