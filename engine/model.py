@@ -84,7 +84,8 @@ class Transformer:
             self.embed = Weight(EMBEDDING, (rows, width), dtype, packed=tied)
         if self.has_last:
             self.norm = vector(NORM, width, dtype)
-            self.head = self.embed if tied and self.has_first else matrix(HEAD, rows, width, dtype)
+            # A tied head beside the embedding is its storage, with a gradient of its own: see `tied_weights`.
+            self.head = self.embed.slice(0, rows) if tied and self.has_first else matrix(HEAD, rows, width, dtype)
 
     @property
     def has_first(self) -> bool:
@@ -95,11 +96,6 @@ class Transformer:
     def has_last(self) -> bool:
         """Whether the last norm and the head are on this rank."""
         return self.chunks[-1].last
-
-    @property
-    def _has_head_bucket(self) -> bool:
-        """Whether the head is a weight of its own: a tied one is the embedding."""
-        return self.has_last and not (self.has_first and self.head is self.embed)
 
     @property
     def recordable(self) -> bool:
@@ -135,12 +131,11 @@ class Transformer:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each target and entropy of its distribution: [N, D], int32 [N] -> [N], [N]; the same on
         every tensor-parallel rank. See `kernels.token_logprob`."""
-        if self._has_head_bucket:
-            (hidden,) = self._told(0, hidden)
+        (hidden,) = self._told(0, hidden)
         return vocabulary_logprob(hidden, self.head, targets, inv_temperature, self.vocabulary.first, self.mesh.tp)
 
     def _run(self, layer: Layer, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        x, delta = self._told(self._has_head_bucket + len(self.layers) - 1 - layer.place, x, delta)
+        x, delta = self._told(self.has_last + len(self.layers) - 1 - layer.place, x, delta)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, x, delta, batch, use_reentrant=False, preserve_rng_state=False)
         return layer(x, delta, batch)
@@ -156,28 +151,30 @@ class Transformer:
         return list(self._parts())
 
     def weights(self) -> list[Weight]:
-        """Each weight of this rank once, in a fixed order."""
+        """Each weight of this rank once, in a fixed order; a head that shares the embedding's storage is none."""
         return list({id(part.weight): part.weight for part in self.parts()}.values())
 
     def gradient_buckets(self) -> list[list[Weight]]:
-        """Each weight of this rank once, in the order in which a backward is through with them: the head, layers from
-        the last one (with the last norm) to the first, the embedding. `backward_passed` counts in this order."""
-        buckets = [[self.head]] if self._has_head_bucket else []
+        """The weights that have gradients, in the order in which a backward is through with them: the head, layers
+        from the last one (with the last norm) to the first, the embedding. `backward_passed` counts in this order."""
+        buckets = [[self.head]] if self.has_last else []
         for layer in reversed(self.layers):
             parts = layer_parts(layer, self.config, first=True)
             buckets.append(list({id(part.weight): part.weight for part in parts}.values()))
         if self.has_last:
-            buckets[self._has_head_bucket].append(self.norm)
+            buckets[1].append(self.norm)
         if self.has_first:
             buckets.append([self.embed])
         return buckets
 
     @property
-    def tied_weight(self) -> Weight | None:
-        """The weight that the first and the last stage of a pipeline hold alike, on these stages."""
-        if not self.config.tie_word_embeddings or self.mesh.pp.size == 1:
-            return None
-        return self.embed if self.has_first else self.head if self.has_last else None
+    def tied_weights(self) -> list[Weight]:
+        """The embedding and the head of a model that ties them, as far as they are on this stage. On one stage they
+        share their storage, on two they are copies. Either way their gradients are summed apart and added up when all
+        micro-batches are through, so that the bits do not depend on where the two are."""
+        if not self.config.tie_word_embeddings:
+            return []
+        return ([self.embed] if self.has_first else []) + ([self.head] if self.has_last else [])
 
     def partial_gradients(self) -> list[PartialGradient]:
         """What is left to be summed over tensor-parallel ranks when a backward is through, in a fixed order."""
@@ -230,8 +227,8 @@ class Transformer:
             yield from layer_parts(layer, self.config, first)
         if self.has_last:
             yield replicated(self.norm, first)
-            if not (self.has_first and self.head is self.embed):
-                tied = self.config.tie_word_embeddings  # then it is a copy of what the first stage owns
+            tied = self.config.tie_word_embeddings  # then it is the embedding, or a copy that the first stage owns
+            if not (self.has_first and tied):
                 yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)
 
 

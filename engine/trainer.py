@@ -96,7 +96,7 @@ class Trainer:
 
     def _reducer(self) -> GradientReducer:
         model, mesh, lanes = self.model, self.model.mesh, self._lanes
-        blocks, groups, tied = row_blocks(model.parts()), model.gradient_buckets(), model.tied_weight
+        blocks, groups, tied = row_blocks(model.parts()), model.gradient_buckets(), model.tied_weights
         shares = Shares(blocks, groups, mesh, in_place(mesh, lanes), tied)
         reducer = GradientReducer(shares, mesh, lanes, model.partial_gradients(), tied)
         model.backward_passed = None if reducer.in_place else reducer.backward_passed

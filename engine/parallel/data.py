@@ -50,23 +50,24 @@ class GradientReducer:
     In between, every weight's gradient is this lane's alone. Buckets are sent in one order on every rank, whatever the
     order in which they are done, and nothing waits for the network before `finish_lane`: a rank that waited in the
     middle of a backward could wait for one that waits for it. After `finish`, ranks that hold the same rows hold the
-    same bits of their gradient: tensor-parallel copies, and the two copies of a tied embedding in a pipeline.
+    same bits of their gradient: tensor-parallel copies, and the two copies of a tied embedding in a pipeline. A head
+    that shares the embedding's storage is a bucket of its own until then; after it the embedding's gradient is the sum.
 
     Raises ParallelError.
     """
 
     def __init__(
-        self, shares: Shares, mesh: Mesh, num_lanes: int, partial: Sequence[SharedRows], tied: Weight | None
+        self, shares: Shares, mesh: Mesh, num_lanes: int, partial: Sequence[SharedRows], tied: Sequence[Weight]
     ) -> None:
-        """`partial`: see `Transformer.partial_gradients`. `tied`: the weight that the first and the last stage of the
-        pipeline hold alike, on these stages."""
+        """`partial`: see `Transformer.partial_gradients`; `tied`: `Transformer.tied_weights`."""
         self.shares = shares
         self.mesh = mesh
         self.in_place = in_place(mesh, num_lanes)
         self.partial = list(partial)
-        self._tied = [] if tied is None or mesh.pp.size == 1 else self._own(tied)
-        bucket_of = {id(b.weight): i for i, bucket in enumerate(shares.buckets) for b in bucket.blocks}
-        self._partial_of: list[list[SharedRows]] = [[] for _ in shares.buckets]
+        self.buckets = shares.gradients
+        self._tied = [self._own(weight) for weight in tied]
+        bucket_of = {id(b.weight): i for i, bucket in enumerate(self.buckets) for b in bucket.blocks}
+        self._partial_of: list[list[SharedRows]] = [[] for _ in self.buckets]
         for shared in self.partial:
             self._partial_of[bucket_of[id(shared.weight)]].append(shared)
         self._under_way: deque[tuple[Bucket, Pending[Tensor]]] = deque()
@@ -84,7 +85,7 @@ class GradientReducer:
         replica i has one."""
         each = self.mesh.data.size // self.mesh.dp.size
         self._live = [place for place in range(self.mesh.data.size) if live[place // each]]
-        self._left = [num_micro_batches] * len(self.shares.buckets)
+        self._left = [num_micro_batches] * len(self.buckets)
         self._done, self._num_sent = set(), 0
 
     def backward_passed(self, bucket: int) -> None:
@@ -110,7 +111,7 @@ class GradientReducer:
         """Sends what has not been sent, and waits until this round is in the sum."""
         if self.in_place:
             return
-        while self._num_sent < len(self.shares.buckets):
+        while self._num_sent < len(self.buckets):
             self._send(self._num_sent)
         while self._under_way:
             self._fold()
@@ -126,12 +127,13 @@ class GradientReducer:
         """Drops all gradients and what is under way."""
         self._under_way.clear()
         self._left = []
-        whole = {id(block.weight): block.weight for bucket in self.shares.buckets for block in bucket.blocks}
-        for weight in (*whole.values(), *(() if self.in_place else self.shares.own)):
+        whole = {id(block.weight): block.weight for bucket in self.buckets for block in bucket.blocks}
+        own = () if self.in_place else (weight for bucket in self.buckets for weight in bucket.own)
+        for weight in (*whole.values(), *own):
             weight.zero_grad()
 
     def _send(self, index: int) -> None:
-        bucket, data = self.shares.buckets[index], self.mesh.data
+        bucket, data = self.buckets[index], self.mesh.data
         self._num_sent += 1
         sizes = bucket.sizes(data.size)
         alive = data.index in self._live
@@ -160,28 +162,34 @@ class GradientReducer:
         for shared in self.partial if self.in_place else ():
             if shared.holders.start != self.mesh.tp.index:
                 _rows(shared).zero_()
-        if self.mesh.pp.index == self.mesh.pp.size - 1:
-            for weight in self._tied:
+        if len(self._tied) == 1 and self.mesh.pp.index == self.mesh.pp.size - 1:
+            for weight in self._tied[0]:
                 weight.zero_grad()
 
     def _sum_tied(self) -> None:
-        """The embedding's gradient, of the first stage, plus the head's, of the last, on both."""
-        if not self._tied:
+        """The embedding's gradient plus the head's: on one stage in the embedding's place, else on the first stage and
+        the last."""
+        if not any(self._tied):  # another stage, or rows that others step
             return
-        pp = self.mesh.pp
+        if len(self._tied) == 2:
+            for weight, head in zip(*self._tied, strict=True):
+                weight.grad_buffer().add_(head.grad_buffer())
+                head.zero_grad()
+            return
+        (tied,), pp = self._tied, self.mesh.pp
         last = pp.size - 1
-        mine = torch.cat([weight.grad_buffer().reshape(-1) for weight in self._tied])
+        mine = torch.cat([weight.grad_buffer().reshape(-1) for weight in tied])
         other = last if pp.index == 0 else 0
         sending = start_send(mine, pp, other)
         theirs = start_receive(tuple(mine.shape), mine.dtype, pp, other).wait()
         sending.wait()
         total = fold(torch.stack([mine, theirs] if pp.index == 0 else [theirs, mine]))
-        pieces = total.split([weight.grad_buffer().numel() for weight in self._tied])
-        for weight, piece in zip(self._tied, pieces, strict=True):
+        pieces = total.split([weight.grad_buffer().numel() for weight in tied])
+        for weight, piece in zip(tied, pieces, strict=True):
             weight.grad_buffer().copy_(piece.view(weight.shape))
 
     def _own(self, tied: Weight) -> list[Weight]:
-        buckets = [b for b in self.shares.buckets if any(block.weight is tied for block in b.blocks)]
+        buckets = [b for b in self.buckets if any(block.weight is tied for block in b.blocks)]
         return [weight for bucket in buckets for weight in bucket.own]
 
 

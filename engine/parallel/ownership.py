@@ -10,7 +10,7 @@ The blocks do not depend on the number of ranks, so neither does what is compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -116,8 +116,9 @@ class Bucket:
 class Shares:
     """Which rows this rank steps, of weights that the ranks of `mesh.data` hold alike.
 
-    `buckets` are in the order in which a backward is through with them. With `share_grad` the gradient of a block is
-    that of its weight; without it, it is a sum of the block's own.
+    `gradients` are all buckets, in the order in which a backward is through with them, and `buckets` those of them that
+    are stepped: not a head that shares the embedding's storage, whose gradient joins the embedding's. With `share_grad`
+    the gradient of a block is that of its weight; without it, it is a sum of the block's own.
     """
 
     def __init__(
@@ -126,27 +127,31 @@ class Shares:
         groups: Sequence[Sequence[Weight]],
         mesh: Mesh,
         share_grad: bool = True,
-        dealt_first: Weight | None = None,
+        tied: Sequence[Weight] = (),
     ) -> None:
-        """`groups`: the weights of each bucket. `dealt_first`: a weight alone in its bucket, whose deal depends on
-        nothing else, so that another stage of a pipeline with the same weight deals it alike."""
+        """`groups`: the weights of each bucket. `tied`: the embedding, the head, or both, of a model that ties them,
+        each alone in its bucket. They are dealt before all others and alike, on one stage of a pipeline or on two;
+        where both are here, `blocks` are of the embedding."""
         self.data = data = mesh.data
         self.world = mesh.world
         by_weight: dict[int, list[RowBlock]] = {}
         for block in blocks:
             by_weight.setdefault(id(block.weight), []).append(block)
+        for head in tied[1:]:
+            by_weight[id(head)] = [replace(block, weight=head) for block in by_weight[id(tied[0])]]
         members = [[block for weight in group for block in by_weight[id(weight)]] for group in groups]
         loads = [0] * data.size
         dealt: dict[int, Bucket] = {}
-        for index in sorted(range(len(members)), key=lambda i: (groups[i][0] is not dealt_first, i)):
+        for index in sorted(range(len(members)), key=lambda i: (groups[i][0] not in tied, i)):
             sizes = [block.size for block in members[index]]
-            owners = deal_blocks(sizes, loads)
+            owners = deal_blocks(sizes, [0] * data.size if groups[index][0] in tied else loads)
             for owner, size in zip(owners, sizes, strict=True):
-                loads[owner] += size
+                loads[owner] += 0 if groups[index][0] in tied[1:] else size
             mine = [block for block, owner in zip(members[index], owners, strict=True) if owner == data.index]
             own = [block.weight.slice(block.row, block.rows, share_grad) for block in mine]
             dealt[index] = Bucket(members[index], owners, own)
-        self.buckets = [dealt[index] for index in range(len(members))]
+        self.gradients = [dealt[index] for index in range(len(members))]
+        self.buckets = [each for each, group in zip(self.gradients, groups, strict=True) if group[0] not in tied[1:]]
         self._counted = {
             id(weight): block.counted
             for bucket in self.buckets
@@ -161,7 +166,7 @@ class Shares:
 
     @property
     def own(self) -> list[Weight]:
-        """This rank's blocks, bucket by bucket."""
+        """The blocks that this rank steps, bucket by bucket."""
         return [weight for bucket in self.buckets for weight in bucket.own]
 
     def own_rows(self) -> list[tuple[RowBlock, Weight]]:

@@ -78,9 +78,16 @@ def weight_bytes(held: list[Held], dtype: torch.dtype) -> int:
     return sum(weight.count * num_bytes(storage_shape(weight.shape, dtype, weight.packed), dtype) for weight in held)
 
 
-def gradient_bytes(held: list[Held]) -> int:
-    """Gradients of this rank's lane, fp32 and dense: 4 bytes x N x K of each weight."""
-    return sum(FP32 * weight.num_elements for weight in held)
+def num_gradients(share: Share) -> int:
+    """Elements of a lane's gradients on this rank: N x K of each weight, and of a tied head's again where it is the
+    embedding, because the two are summed apart."""
+    together = share.model.tie_word_embeddings and share.is_first and share.is_last
+    return sum(weight.num_elements for weight in held_weights(share)) + together * share.V * share.D
+
+
+def gradient_bytes(share: Share) -> int:
+    """Gradients of this rank's lane, fp32 and dense: 4 bytes x `num_gradients`."""
+    return FP32 * num_gradients(share)
 
 
 def layer_activation_bytes(share: Share) -> int:

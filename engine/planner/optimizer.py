@@ -52,7 +52,7 @@ class Buckets:
     query_rows: int
     keys_counted: bool
     dtype: torch.dtype
-    tied_apart: bool  # the embedding, or the head, is another stage's too
+    tied: bool  # the embedding is the head, here or on another stage
     block_elements: int
 
     def blocks(self, weights: tuple[Held, ...]) -> Blocks:
@@ -64,8 +64,8 @@ class Buckets:
         return tuple(sizes)
 
     def all(self) -> tuple[list[Blocks], int | None]:
-        """Every bucket, in the order in which a backward is through with them, and which of them is dealt first
-        because another stage deals it too."""
+        """Every bucket that is stepped, in the order in which a backward is through with them, and which of them is
+        dealt first because it is tied."""
         ends = {weight.name: weight for weight in self.ends}
         found = [self.blocks((ends["head"],))] if "head" in ends else []
         with_norm = len(found)
@@ -75,7 +75,7 @@ class Buckets:
         if "embedding" in ends:
             found.append(self.blocks((ends["embedding"],)))
         first = len(found) - 1 if "embedding" in ends else 0
-        return found, first if self.tied_apart else None
+        return found, first if self.tied else None
 
     def _parts(self, held: Held) -> list[_Rows]:
         weight, rest = cast(Weight, held), held.shape[1:]  # its shape is all that blocks are made of
@@ -90,7 +90,6 @@ class Buckets:
 
 def buckets(share: Share) -> Buckets:
     """Those of one rank."""
-    tied = share.model.tie_word_embeddings and share.mesh.pp.size > 1
     return Buckets(
         layer=tuple(layer_weights(share)),
         ends=tuple(end_weights(share)),
@@ -98,7 +97,7 @@ def buckets(share: Share) -> Buckets:
         query_rows=share.H * share.Dh,
         keys_counted=share.heads.owned,
         dtype=share.dtype,
-        tied_apart=tied and (share.is_first or share.is_last),
+        tied=share.model.tie_word_embeddings and (share.is_first or share.is_last),
         block_elements=ownership.BLOCK_ELEMENTS,
     )
 
@@ -136,10 +135,16 @@ def adds_in_place(share: Share) -> bool:
     return in_place(share.mesh, num_lanes(share))
 
 
+def summed_elements(share: Share) -> int:
+    """Elements of the sum of all lanes on this rank: of the rows that it steps, and of a tied head's again where it is
+    the embedding."""
+    here = owned(share)
+    return here.elements + (here.tied_elements if share.mesh.pp.size == 1 else 0)
+
+
 def gradient_sum_bytes(share: Share) -> int:
-    """The sum of all lanes, of the rows that this rank steps: 4 bytes x elements; none where a lane's own buffers are
-    the sum."""
-    return 0 if adds_in_place(share) else FP32 * owned(share).elements
+    """The sum of all lanes: 4 bytes x `summed_elements`; none where a lane's own buffers are the sum."""
+    return 0 if adds_in_place(share) else FP32 * summed_elements(share)
 
 
 def optimizer_bytes(share: Share) -> int:

@@ -142,7 +142,7 @@ def plan_rank(share: Share, micro_batches: int) -> RankPlan:
         num_parameters=sum(weight.num_elements for weight in held),
         num_bytes={
             "weights": footprint.weight_bytes(held, share.dtype),
-            "gradients": footprint.gradient_bytes(held),
+            "gradients": footprint.gradient_bytes(share),
             "gradient sums": optimizer.gradient_sum_bytes(share),
             "optimizer": optimizer.optimizer_bytes(share),
             "activations": footprint.activation_bytes(share, in_flight),

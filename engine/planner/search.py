@@ -85,7 +85,7 @@ def least_bytes(model: ModelConfig, config: EngineConfig, micro_batches: int, se
     held = held_weights(share)
     sharded = 3 * FP32 * sum(weight.num_elements for weight in held) // share.mesh.data.size
     in_flight = activations_in_flight(config.parallel, 0, micro_batches)
-    return weight_bytes(held, share.dtype) + gradient_bytes(held) + sharded + activation_bytes(share, in_flight)
+    return weight_bytes(held, share.dtype) + gradient_bytes(share) + sharded + activation_bytes(share, in_flight)
 
 
 def _meshes(parallel: ParallelConfig, num_ranks: int, ranks_per_node: int) -> Iterator[ParallelConfig]:

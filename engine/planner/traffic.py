@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from engine.architectures import architecture_of
 from engine.parallel.collectives import ONE_SHOT_BYTES
 from engine.planner import optimizer
-from engine.planner.footprint import FP32, held_weights
+from engine.planner.footprint import FP32, num_gradients
 from engine.planner.share import Share
 
 STATISTICS_BYTES = 4 * 8  # float64 numbers of a row with one target: `shard_statistics`
@@ -126,7 +126,7 @@ def gradient_reduce_bytes(share: Share) -> int:
     """One lane's gradients to the ranks that step their rows: 4 bytes x (elements - this rank's)."""
     if optimizer.adds_in_place(share):
         return 0
-    return FP32 * (sum(weight.num_elements for weight in held_weights(share)) - optimizer.owned(share).elements)
+    return FP32 * (num_gradients(share) - optimizer.summed_elements(share))
 
 
 def weight_gather_bytes(share: Share) -> int:
@@ -136,7 +136,7 @@ def weight_gather_bytes(share: Share) -> int:
 
 def tied_gradient_bytes(share: Share) -> int:
     """The gradient of a tied embedding's rows between the first stage and the last: 4 bytes x this rank's of them."""
-    return FP32 * optimizer.owned(share).tied_elements
+    return FP32 * optimizer.owned(share).tied_elements if share.mesh.pp.size > 1 else 0
 
 
 def lanes_of_rank(share: Share) -> int:

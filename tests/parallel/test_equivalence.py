@@ -1,5 +1,6 @@
 """Whatever the mesh, it is the same model that is sampled and trained: ten optimizer steps on every mesh against one
-rank. Where nothing but the owner of a sum changes (pp, dp), to the bit; else in float64, to 1e-10."""
+rank, one of them after two calls of `forward_backward`. Where nothing but the owner of a sum changes (pp, dp), to the
+bit; else in float64, to 1e-10."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def samples(step: int) -> list[Sample]:
     return made
 
 
-def make(dtype: str, axes: dict[str, int] | None, **parallel: Any) -> Engine:
+def make(dtype: str, axes: dict[str, int] | None, tied: bool = False, **parallel: Any) -> Engine:
     config = EngineConfig(
         dtype=dtype,
         kv_tokens=1024,
@@ -61,21 +62,22 @@ def make(dtype: str, axes: dict[str, int] | None, **parallel: Any) -> Engine:
         threads=1,
         parallel=ParallelConfig(**(axes or {}), gradient_lanes=LANES, micro_batches=2, **parallel),
     )
-    model = tiny_config("Qwen3ForCausalLM", initializer_range=0.2)
+    model = tiny_config("Qwen3ForCausalLM", initializer_range=0.2, tie_word_embeddings=tied)
     return Engine.from_config(model, config, mesh=Mesh.single() if axes is None else None)
 
 
-def train(dtype: str, axes: dict[str, int] | None, **parallel: Any) -> Outcome:
-    engine = make(dtype, axes, **parallel)
+def train(dtype: str, axes: dict[str, int] | None, tied: bool = False, **parallel: Any) -> Outcome:
+    engine = make(dtype, axes, tied, **parallel)
     probes = [sample.tokens for sample in samples(99)]
     before = engine.score(probes)
     losses, norms = [], []
     first: list[Tensor] = []
     for step in range(STEPS):
-        stats = engine.forward_backward(samples(step), "reinforce")
-        first = first or stats.logprobs
+        for call in range(2 if step == 4 else 1):
+            stats = engine.forward_backward(samples(step + 20 * call), "reinforce")
+            losses.append(stats.loss)
+            first = first or stats.logprobs
         norms.append(engine.optim_step(1e-2).grad_norm)
-        losses.append(stats.loss)
     weights = {
         part.name: (part.region, part.weight.dense(part.row, part.shape[0], torch.float64))
         for part in engine.model.parts()
@@ -105,8 +107,8 @@ def sample_after_steps(dtype: str, axes: dict[str, int], **parallel: Any) -> tup
 
 
 @functools.cache
-def one_rank(dtype: str) -> Outcome:
-    return train(dtype, None)
+def one_rank(dtype: str, tied: bool = False) -> Outcome:
+    return train(dtype, None, tied)
 
 
 def assert_same_bits(outcome: Outcome, expected: Outcome) -> None:
@@ -144,11 +146,14 @@ def test_ten_steps_in_float64_are_those_of_one_rank(pool: Any, size: int, axes: 
         assert_close(outcome, one_rank("float64"), 1e-10)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("size", "axes"), meshes(*BITWISE))
-def test_ten_steps_have_the_bits_of_one_rank(pool: Any, size: int, axes: dict[str, int], dtype: str) -> None:
-    for outcome in pool(size).run(train, dtype, axes):
-        assert_same_bits(outcome, one_rank(dtype))
+def test_ten_steps_have_the_bits_of_one_rank(
+    pool: Any, size: int, axes: dict[str, int], dtype: str, tied: bool
+) -> None:
+    for outcome in pool(size).run(train, dtype, axes, tied):
+        assert_same_bits(outcome, one_rank(dtype, tied))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -110,10 +110,25 @@ def test_both_ends_of_a_pipeline_deal_a_tied_embedding_alike() -> None:
         mesh = Mesh.layout(ParallelConfig(dp=2, pp=2), 4, {0: 0, 2: 1}[rank])
         model = Transformer(tiny_config(tie_word_embeddings=True), torch.float32, Placement(mesh))
         blocks = row_blocks(model.parts(), 1024)
-        shares = Shares(blocks, model.gradient_buckets(), mesh, share_grad=False, dealt_first=model.tied_weight)
-        bucket = next(b for b in shares.buckets if b.blocks[0].weight is model.tied_weight)
+        shares = Shares(blocks, model.gradient_buckets(), mesh, share_grad=False, tied=model.tied_weights)
+        bucket = next(b for b in shares.buckets if b.blocks[0].weight is model.tied_weights[0])
         dealt.append([(b.row, b.rows, owner) for b, owner in zip(bucket.blocks, bucket.owners, strict=True)])
     assert dealt[0] == dealt[1] and len(dealt[0]) > 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_head_that_is_the_embedding_is_dealt_like_it_and_stepped_once(rank: int) -> None:
+    mesh = Mesh.layout(ParallelConfig(dp=2), 2, rank)
+    model = Transformer(tiny_config(tie_word_embeddings=True), torch.float32, Placement(mesh))
+    blocks = row_blocks(model.parts(), 1024)
+    shares = Shares(blocks, model.gradient_buckets(), mesh, share_grad=False, tied=model.tied_weights)
+    head, embedding = shares.gradients[0], shares.gradients[-1]
+    assert [(b.row, b.rows, b.counted) for b in head.blocks] == [(b.row, b.rows, b.counted) for b in embedding.blocks]
+    assert head.owners == embedding.owners and set(head.owners) == {0, 1}
+    assert [id(bucket) for bucket in shares.buckets] == [id(bucket) for bucket in shares.gradients[1:]]
+    for summed, stepped in zip(head.own, embedding.own, strict=True):
+        assert summed.data.data_ptr() == stepped.data.data_ptr()
+        assert summed.grad_buffer().data_ptr() != stepped.grad_buffer().data_ptr()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -121,8 +136,9 @@ def test_buckets_hold_every_weight_once(tied: bool) -> None:
     model = Transformer(tiny_config(tie_word_embeddings=tied), torch.float32)
     buckets = model.gradient_buckets()
     assert [weight.name for weight in buckets[-1]] == ["model.embed_tokens.weight"]
-    assert len(buckets) == (3 if tied else 4)
-    assert sorted(id(w) for bucket in buckets for w in bucket) == sorted(id(w) for w in model.weights())
+    assert buckets[0] == [model.head] and len(buckets) == 4
+    stepped = buckets[tied:]  # a tied head is the embedding's storage, with a gradient of its own
+    assert sorted(id(w) for bucket in stepped for w in bucket) == sorted(id(w) for w in model.weights())
 
 
 # ---- publishing ----

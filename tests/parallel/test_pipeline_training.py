@@ -51,9 +51,9 @@ def samples_of(seed: int, count: int = 11) -> list[Sample]:
     return samples
 
 
-def train(config: ParallelConfig, dtype: str, layers: int, steps: int) -> dict[str, Any]:
+def train(config: ParallelConfig, dtype: str, layers: int, steps: int, tied: bool = False) -> dict[str, Any]:
     """What training leaves behind: every tensor of the model this rank holds, and what each call said."""
-    engine = engine_of(config, dtype, layers)
+    engine = engine_of(config, dtype, layers, tied)
     said: list[Any] = []
     norms: list[float] = []
     for step in range(steps):
@@ -62,9 +62,7 @@ def train(config: ParallelConfig, dtype: str, layers: int, steps: int) -> dict[s
             said.append((stats.loss, stats.metrics, stats.max_abs_logprob_difference, stats.logprobs))
         norms.append(engine.optim_step(1e-3).grad_norm)
     scores = engine.score([sample.tokens for sample in samples_of(99)], temperature=0.7)
-    weights = {
-        f"{part.name} {part.weight.name}": part.weight.dense(part.row, part.shape[0]) for part in engine.model.parts()
-    }
+    weights = {part.name: part.weight.dense(part.row, part.shape[0]) for part in engine.model.parts()}
     engine.close()
     return {"weights": weights, "said": said, "norms": norms, "scores": scores}
 
@@ -86,8 +84,8 @@ def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 
 
 @functools.cache
-def alone(dtype: str, layers: int, steps: int) -> dict[str, Any]:
-    return train(parallel(1, "1f1b"), dtype, layers, steps)
+def alone(dtype: str, layers: int, steps: int, tied: bool = False) -> dict[str, Any]:
+    return train(parallel(1, "1f1b"), dtype, layers, steps, tied)
 
 
 @pytest.mark.parametrize(("dtype", "steps"), [("float32", 10), ("bfloat16", 3)])
@@ -111,23 +109,13 @@ def test_a_pipeline_beside_another_axis_changes_no_bit(pool2: Pool, pool4: Pool,
         assert_alike(found[2 * place : 2 * place + 2] if axis == "dp" else found[place::2], without[place])
 
 
-def tied_ends(config: ParallelConfig) -> Tensor | None:
-    engine = engine_of(config, tied=True)
-    for step in range(3):
-        engine.forward_backward(samples_of(step), "sft")
-        engine.forward_backward(samples_of(10 + step), "sft")
-        engine.optim_step(1e-3)
-    model = engine.model
-    engine.close()
-    return model.embed.dense() if model.has_first else model.head.dense() if model.has_last else None
-
-
-def test_tied_embedding_and_head_stay_one_weight(pool4: Pool) -> None:
-    first, *between, last = pool4.run(tied_ends, parallel(4, "1f1b"))
-    assert between == [None, None]
-    assert_same_bits(first, last, "the tied weight on the first and the last stage")
-    one_rank = tied_ends(parallel(1, "1f1b"))
-    assert float((first - one_rank).abs().max()) < 1e-5  # added up in another order: embedding, then head
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_of_a_tied_model_equal_one_rank_bitwise(pool4: Pool, dtype: str, name: str) -> None:
+    """Where the first stage sums the embedding's gradient and the last one the head's, and each steps its copy."""
+    found = pool4.run(train, parallel(4, name), dtype, 9, 2, tied=True)
+    assert ["model.embed_tokens.weight" in result["weights"] for result in found] == [True, False, False, True]
+    assert_alike(found, alone(dtype, 9, 2, tied=True))
 
 
 # ---- failures of a loss ----

@@ -24,7 +24,7 @@ from tests.parallel.pool import Pool
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = NewModelConfig(
     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=False,
+    head_dim=16, max_position_embeddings=128, initializer_range=0.1,
 )  # fmt: skip
 
 

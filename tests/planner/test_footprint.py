@@ -38,7 +38,7 @@ ODD = {"vocab_size": 299, "intermediate_size": 105, "hidden_size": 72, "head_dim
 
 def allocated(model: Transformer) -> tuple[int, int]:
     """Bytes of compute weights and of gradients, all of them made."""
-    gradients = [weight.grad_buffer() for weight in model.weights()]
+    gradients = [weight.grad_buffer() for bucket in model.gradient_buckets() for weight in bucket]
     return model.nbytes(), sum(g.numel() * g.element_size() for g in gradients)
 
 
@@ -47,8 +47,8 @@ def share_of(model: ModelConfig, config: EngineConfig, rank: int = 0) -> Share:
 
 
 def planned(model: ModelConfig, config: EngineConfig, rank: int) -> tuple[int, int]:
-    held = footprint.held_weights(share_of(model, config, rank))
-    return footprint.weight_bytes(held, DTYPES[config.dtype]), footprint.gradient_bytes(held)
+    share = share_of(model, config, rank)
+    return footprint.weight_bytes(footprint.held_weights(share), share.dtype), footprint.gradient_bytes(share)
 
 
 @needs_extension

@@ -35,7 +35,7 @@ MESHES = [
 def shares_of(model: Transformer, lanes: int) -> Shares:
     """As the trainer makes them."""
     blocks, groups = row_blocks(model.parts()), model.gradient_buckets()
-    return Shares(blocks, groups, model.mesh, in_place(model.mesh, lanes), model.tied_weight)
+    return Shares(blocks, groups, model.mesh, in_place(model.mesh, lanes), model.tied_weights)
 
 
 @needs_extension
@@ -52,12 +52,13 @@ def test_optimizer_of_every_rank_has_the_planned_bytes(
     for rank in range(world_size(parallel)):
         share = share_of(config, engine_config, rank)
         model = Transformer(config, DTYPES[dtype], share.placement)
-        adamw = AdamW(shares_of(model, optimizer.num_lanes(share)), OptimizerConfig())
+        shares = shares_of(model, optimizer.num_lanes(share))
+        adamw = AdamW(shares, OptimizerConfig())
         adamw.allocate()
         kept = [t for m in adamw.state.values() for t in (m.master, m.exp_avg, m.exp_avg_sq)]
         assert optimizer.optimizer_bytes(share) == _bytes(kept), f"rank {rank}"
         grads = {id(w): w.grad_buffer() for w in model.weights()}
-        sums = [w.grad_buffer() for w in adamw.weights]
+        sums = [w.grad_buffer() for bucket in shares.gradients for w in bucket.own]
         apart = 0 if optimizer.adds_in_place(share) else _bytes(sums)
         assert optimizer.gradient_sum_bytes(share) == apart and grads, f"rank {rank}"
 
@@ -115,7 +116,7 @@ def _sent(config: ModelConfig, parallel: ParallelConfig, rank: int, monkeypatch:
         patch.setattr(dist, "isend", sending)
         model = Transformer(config, torch.bfloat16, Placement(mesh, 1, parallel.tp > 1))
         shares = shares_of(model, parallel.dp)
-        reducer = GradientReducer(shares, mesh, parallel.dp, model.partial_gradients(), model.tied_weight)
+        reducer = GradientReducer(shares, mesh, parallel.dp, model.partial_gradients(), model.tied_weights)
         reducer.begin()
         reducer.begin_lane(1, [True] * parallel.dp)
         reducer.finish_lane()

@@ -1,0 +1,60 @@
+"""What a production model makes every Triton op launch: the kernels that `benchmarks.compile` compiles.
+
+Tensors are of the real sizes and never touched, so a vocabulary of 131,072 costs nothing: launches are noted down, and
+none runs.
+
+# T tokens, V vocabulary, D model width, I feed-forward width, H query heads, K key/value heads, Dh head width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES
+from engine.kernels.op import OPS, use_backend
+from engine.kernels.swiglu import swiglu
+from engine.kernels.triton.launch import Launch, collecting
+
+WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
+TOKENS = 512
+DTYPES = tuple(dtype for dtype in TRITON_DTYPES if dtype in MODEL_DTYPES.values())
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One op at production shapes: `run` calls its public functions for a model of the dtype."""
+
+    op: str
+    run: Callable[[torch.dtype], None]
+
+
+def cases() -> list[CompileCase]:
+    """Those whose op has Triton kernels. Raises KeyError for an op that has kernels and no case."""
+    with_kernels = [name for name, op in OPS.items() if any(backend.name == "triton" for backend in op.backends)]
+    return [CompileCase(name, RUN[name]) for name in with_kernels]
+
+
+def collected(case: CompileCase, dtype: torch.dtype) -> list[Launch]:
+    """What the case launches in a model of `dtype`."""
+    with use_backend("triton"), collecting() as launches:
+        case.run(dtype)
+    return launches
+
+
+def _grads(output: Tensor, *inputs: Tensor) -> None:
+    """Launches the backward."""
+    torch.autograd.grad(output, inputs, torch.empty_like(output), allow_unused=True)
+
+
+def _swiglu(dtype: torch.dtype) -> None:
+    gate_up = torch.empty(TOKENS, 2 * FEED_FORWARD, dtype=dtype, requires_grad=True)
+    _grads(swiglu(gate_up), gate_up)
+
+
+RUN: dict[str, Callable[[torch.dtype], None]] = {
+    "swiglu": _swiglu,
+}
