@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from engine.kernels.attention import AttentionPlan, AttentionSpec
 
 _LOG2E = 1.4426950408889634
-_NO_ROW = tl.constexpr(1e30)  # L of a row that does not exist: its P is 0
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,22 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
-    """What the programs of both kernels do, heaviest first: int32 [n, 4] and [n, 6].
+    """What the programs of both kernels do, heaviest first: int32 [n, 4] and [n, 7].
 
-    A tile of rows: first token and last token + 1 of its sequence's queries, its first row among theirs, the sequence's
-    first key. A tile of keys: its first key and last + 1, and among the query tokens the first that sees one of them, the
-    first that is not before any of them, the first that the window hides one from, the first that it hides all from.
-    Keys are named by their row of `kv`.
+    A tile of rows: its sequence's first token and last token + 1, the tile's first row among the sequence's, the row of
+    `kv` that the sequence's first key is. A tile of keys: that row, the tile's first key in the sequence, how many keys
+    it has, and four tokens: the first that sees one of them, the first that is not before any of them, the first that
+    the window hides one from, the first that it hides all from.
     """
     starts = plan.kv_plan.cu_seqlens.numpy().astype(np.int64)
     rows = plan.rows().numpy()  # the key row of each query, rising
     query_starts = np.searchsorted(rows, starts)
 
-    counts = -(-np.diff(query_starts) * group // tiles.query_rows)
+    step = _whole_tokens(tiles.query_rows, group)
+    counts = -(-np.diff(query_starts) * group // step)
     sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
-    first, last, row = query_starts[sequence], query_starts[sequence + 1], index * tiles.query_rows
-    highest = rows[np.minimum(first + (row + tiles.query_rows - 1) // group, last - 1)] - starts[sequence]
+    first, last, row = query_starts[sequence], query_starts[sequence + 1], index * step
+    highest = rows[np.minimum(first + (row + step - 1) // group, last - 1)] - starts[sequence]
     queries = np.stack([first, last, row, starts[sequence]], 1)
     queries = queries[np.argsort(-np.minimum(highest, window or highest), kind="stable")]
 
@@ -91,7 +91,8 @@ def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tu
 
     seen, whole = bound(begin), bound(begin + tiles.key_keys - 1)
     cut, hidden = (bound(begin + window), bound(end - 1 + window)) if window else (last, last)
-    keys = np.stack([begin, end, seen, np.minimum(whole, hidden), cut, hidden], 1)
+    first_key = starts[sequence]
+    keys = np.stack([first_key, begin - first_key, end - begin, seen, np.minimum(whole, hidden), cut, hidden], 1)
     keys = keys[np.argsort(seen - hidden, kind="stable")]
     return queries.astype(np.int32), keys.astype(np.int32)
 
@@ -103,13 +104,13 @@ def _counted(counts: np.ndarray) -> np.ndarray:
 
 def gradients(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, kv: Tensor, d_x: Tensor,
-    d_kv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, rows_of_kv: Tensor, positions: Tensor,
+    d_kv: Tensor, spec: AttentionSpec, rope: Tensor, last_keys: Tensor, query_positions: Tensor, key_positions: Tensor,
     work: tuple[Tensor, Tensor], q_norm: Weight | None, k_norm: Weight | None,
 ) -> None:  # fmt: skip
     """Writes the gradients of queries `x` [T, >= H Dh] to d_x, and those of keys and values `kv` [T_kv, >= 2K Dh] to d_kv.
 
     q [T, H, Dh], k [T_kv, K, Dh] are normed and turned, as the forward multiplied them; v is [T_kv, K, Dh] of any row
-    stride. `rows_of_kv` (int32 [T]) and `positions` (int32 [T_kv]) are the plan's; `work` is from work_lists.
+    stride. `last_keys`, `query_positions` [T] and `key_positions` [T_kv] are a DevicePlan's; `work` is from work_lists.
     """
     tiles = tiles_for(spec.head_dim, q.dtype)
     group = spec.num_heads // spec.num_kv_heads
@@ -120,24 +121,32 @@ def gradients(
         "WINDOW": spec.window or 0, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip
     rows = [k.stride(0), v.stride(0)]
-    for kernel, table, given, source, target, norm, block in (
-        (_grad_queries, work[0], (q, k, v, d_out, out, lse, delta), x, d_x, q_norm, (tiles.query_rows, tiles.query_keys)),
-        (_grad_keys, work[1], (q, k, v, d_out, lse, delta), kv, d_kv, k_norm, (tiles.key_rows, tiles.key_keys)),
-    ):
+    for kernel, table, given, positions, source, target, norm, block in (
+        (_grad_queries, work[0], (q, k, v, d_out, out, lse, delta), query_positions, x, d_x, q_norm,
+         (tiles.query_rows, tiles.query_keys)),
+        (_grad_keys, work[1], (q, k, v, d_out, lse, delta), key_positions, kv, d_kv, k_norm,
+         (tiles.key_rows, tiles.key_keys)),
+    ):  # fmt: skip
         programs = table.shape[0], spec.num_kv_heads
         sums = None if norm is None else empty((programs[0] * programs[1], spec.head_dim), torch.float32, x.device)
-        launch(kernel, programs, *given, rows_of_kv, positions, rope, source, None if norm is None else norm.data,
+        launch(kernel, programs, *given, last_keys, positions, rope, source, None if norm is None else norm.data,
                target, sums, table, factor, spec.scale, spec.eps, *rows, source.stride(0), target.stride(0),
                ROWS=block[0], KEYS=block[1], **shape)  # fmt: skip
         if norm is not None and sums is not None and len(sums):
             add_norm_gradient(sums, norm)
 
 
+@triton.constexpr_function
+def _whole_tokens(rows: int, group: int) -> int:
+    """Rows of a tile that holds whole tokens only, where it can hold one."""
+    return rows // group * group if group <= rows else rows
+
+
 @triton.jit
 def _rows_of(row, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """Tokens and heads of the rows from `row` on, tokens counted from that of `row`."""
     lane = tl.arange(0, BLOCK)
-    if BLOCK % GROUP != 0:  # else tiles start with a token
+    if GROUP > BLOCK:  # else tiles start with a token
         lane += row % GROUP
     return lane // GROUP, lane % GROUP
 
@@ -155,14 +164,24 @@ def _load(pointer, valid, inside, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _load_rows(pointer, valid, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer, mask=valid, other=0.0)
+    return tl.load(pointer)
+
+
+@triton.jit
 def _walk_keys(
-    d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, last, k_row, v_row,
+    d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, jump, over, last, k_row, v_row,
     DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS K of the key tiles from `begin` to `end` to d_q; keys and `own` count from where `k` and `v` point."""
+    """Adds dS K of the key tiles from `begin` to `end` to d_q, those from `jump` on moved on by `over` (where MASKED).
+    Keys and `own`, the last that a row sees, count from where `k` and `v` point; `last` is the highest of these."""
     column, inside = head_columns(DIM, BLOCK)
     lane = tl.arange(0, KEYS)
     for key in range(begin, end, KEYS):
+        if MASKED:
+            key += tl.where(key >= jump, over, 0)
         at = key + lane
         step = tl.cast(key, tl.int64)
         k_tile = _load(k + step * k_row + lane[:, None] * k_row + column[None, :], at <= last, inside, MASKED, DIM, BLOCK)
@@ -182,11 +201,12 @@ def _walk_keys(
 
 @triton.jit
 def _grad_queries(
-    q, k, v, d_out, out, lse, delta, rows_of_kv, positions, rope, x, q_norm, d_x, norm_sums, work,
+    q, k, v, d_out, out, lse, delta, last_keys, positions, rope, x, q_norm, d_x, norm_sums, work,
     factor, scale, eps, k_row, v_row, x_row, d_x_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first = tl.load(work + tile * 4)
     last_token = tl.load(work + tile * 4 + 1)
@@ -196,7 +216,7 @@ def _grad_queries(
     tokens, heads = _rows_of(row, ROWS, GROUP)
     heads += kv_head * GROUP
     tokens += first
-    valid = tokens < last_token
+    valid = (tokens < last_token) & (tl.arange(0, ROWS) < STEP)
     wide = tokens.to(tl.int64)
     column, inside = head_columns(DIM, BLOCK)
     at = (wide * HEADS + heads) * DIM
@@ -206,13 +226,12 @@ def _grad_queries(
     out_tile = _load(out + tile_at, valid, inside, True, DIM, BLOCK)
     dots = tl.sum(d_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + wide * HEADS + heads, dots, mask=valid)
-    logs = tl.load(lse + wide * HEADS + heads, mask=valid, other=_NO_ROW)
-    kv_rows = tl.load(rows_of_kv + tokens, mask=valid, other=0)
-    own = kv_rows - first_key
+    logs = tl.load(lse + wide * HEADS + heads, mask=valid, other=0.0)
+    own = tl.load(last_keys + tokens, mask=valid, other=0)
 
-    last_of_tile = first + (row % GROUP + ROWS - 1) // GROUP
-    lowest = tl.load(rows_of_kv + first) - first_key
-    highest = tl.load(rows_of_kv + tl.minimum(last_of_tile, last_token - 1)) - first_key
+    last_of_tile = first + (row % GROUP + STEP - 1) // GROUP
+    lowest = tl.load(last_keys + first)
+    highest = tl.load(last_keys + tl.minimum(last_of_tile, last_token - 1))
     begin = 0
     full_begin = 0
     if WINDOW:
@@ -222,43 +241,47 @@ def _grad_queries(
     k += first_key.to(tl.int64) * k_row + kv_head * DIM
     v += first_key.to(tl.int64) * v_row + kv_head * DIM
     d_q = tl.zeros([ROWS, BLOCK], tl.float32)
-    if WINDOW:
-        d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin, highest,
-                         k_row, v_row, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
-    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_begin, full_end, highest,
+    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_begin, full_end, 0, 0, highest,
                      k_row, v_row, DIM, BLOCK, KEYS, WINDOW, False)  # fmt: skip
-    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_end, highest + 1, highest,
-                     k_row, v_row, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
+    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin + highest + 1 - full_end,
+                     full_begin, full_end - full_begin, highest, k_row, v_row, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
 
-    position = tl.load(positions + kv_rows, mask=valid, other=0).to(tl.int64)
+    position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
     turn_back(d_q * scale, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
               d_x + wide * d_x_row + heads * DIM, norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
 
 
 @triton.jit
 def _walk_rows(
-    d_k, d_v, k, v, q, d_out, lse, delta, rows_of_kv, factor, first, last, begin, end, key,
+    d_k, d_v, k, v, q, d_out, lse, delta, last_keys, factor, first, begin, end, jump, over, last_row, key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v; rows count from token `first`."""
+    """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v, those from `jump` on moved on by `over`
+    (where MASKED). Rows count from token `first`. Those from `last_row` on have q = dO = D = 0, hence add zeros, whatever
+    their P."""
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    PARTIAL: tl.constexpr = MASKED or STEP != ROWS
     column, inside = head_columns(DIM, BLOCK)
     keys = key + tl.arange(0, KEYS)
-    for row in range(begin, end, ROWS):
+    lane = tl.arange(0, ROWS)
+    for row in range(begin, end, STEP):
+        if MASKED:
+            row += tl.where(row >= jump, over, 0)
         tokens, heads = _rows_of(row, ROWS, GROUP)
         token = first + row // GROUP
-        valid = tokens < last - token
-        base = tl.cast(token, tl.int64) * HEADS
+        valid = lane < tl.minimum(last_row - row, STEP)
+        base = tl.cast(token, tl.int64) * HEADS  # what follows fits 32 bits, and fewer registers
         at = tokens * HEADS + heads
-        tile_at = base * DIM + at[:, None] * DIM + column[None, :]
-        q_tile = _load(q + tile_at, valid, inside, True, DIM, BLOCK)
-        d_out_tile = _load(d_out + tile_at, valid, inside, True, DIM, BLOCK)
-        logs = tl.load(lse + base + at, mask=valid, other=_NO_ROW)
-        dots = tl.load(delta + base + at, mask=valid, other=0.0)
+        tile_at = at[:, None] * DIM + column[None, :]
+        q_tile = _load(q + base * DIM + tile_at, valid, inside, PARTIAL, DIM, BLOCK)
+        d_out_tile = _load(d_out + base * DIM + tile_at, valid, inside, PARTIAL, DIM, BLOCK)
+        logs = _load_rows(lse + base + at, valid, PARTIAL)
+        dots = _load_rows(delta + base + at, valid, PARTIAL)
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
         p = tl.exp2(tl.fma(scores, factor, -logs[None, :]))
         if MASKED:
-            own = tl.load(rows_of_kv + token + tokens, mask=valid, other=-1)
+            own = tl.load(last_keys + token + tokens, mask=valid, other=-1)
             visible = keys[:, None] <= own[None, :]
             if WINDOW:
                 visible = visible & (keys[:, None] > own[None, :] - WINDOW)
@@ -272,21 +295,23 @@ def _walk_rows(
 
 @triton.jit
 def _grad_keys(
-    q, k, v, d_out, lse, delta, rows_of_kv, positions, rope, x, k_norm, d_x, norm_sums, work,
+    q, k, v, d_out, lse, delta, last_keys, positions, rope, x, k_norm, d_x, norm_sums, work,
     factor, scale, eps, k_row, v_row, x_row, d_x_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    key = tl.load(work + tile * 6)
-    end_key = tl.load(work + tile * 6 + 1)
-    seen = tl.load(work + tile * 6 + 2)
-    whole = tl.load(work + tile * 6 + 3)
-    cut = tl.load(work + tile * 6 + 4)
-    hidden = tl.load(work + tile * 6 + 5)
+    first_key = tl.load(work + tile * 7)
+    key = tl.load(work + tile * 7 + 1)
+    num_keys = tl.load(work + tile * 7 + 2)
+    seen = tl.load(work + tile * 7 + 3)
+    whole = tl.load(work + tile * 7 + 4)
+    cut = tl.load(work + tile * 7 + 5)
+    hidden = tl.load(work + tile * 7 + 6)
     column, inside = head_columns(DIM, BLOCK)
-    keys = key + tl.arange(0, KEYS)
-    valid = keys < end_key
+    valid = tl.arange(0, KEYS) < num_keys
+    keys = first_key + key + tl.arange(0, KEYS)
     wide = keys.to(tl.int64)
     k_tile = _load(k + kv_head * DIM + wide[:, None] * k_row + column[None, :], valid, inside, True, DIM, BLOCK)
     v_tile = _load(v + kv_head * DIM + wide[:, None] * v_row + column[None, :], valid, inside, True, DIM, BLOCK)
@@ -296,20 +321,15 @@ def _grad_keys(
     delta += kv_head * GROUP
 
     end = (hidden - seen) * GROUP
-    full_begin = tl.cdiv((whole - seen) * GROUP, ROWS) * ROWS
-    full_end = end
-    if WINDOW:
-        if cut < hidden:
-            full_end = tl.maximum((cut - seen) * GROUP // ROWS * ROWS, full_begin)
+    full_begin = tl.cdiv((whole - seen) * GROUP, STEP) * STEP
+    full_end = tl.maximum(tl.minimum((cut - seen) * GROUP, end) // STEP * STEP, full_begin)
     d_k = tl.zeros([KEYS, BLOCK], tl.float32)
     d_v = tl.zeros([KEYS, BLOCK], tl.float32)
-    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, rows_of_kv, factor, seen, hidden, 0,
-                          full_begin, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
-    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, rows_of_kv, factor, seen, hidden, full_begin,
-                          full_end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, False)  # fmt: skip
-    if WINDOW:
-        d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, rows_of_kv, factor, seen, hidden,
-                              full_end, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin, full_end,
+                          0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, False)  # fmt: skip
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, 0,
+                          full_begin + end - full_end, full_begin, full_end - full_begin, end, key,
+                          HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
 
     d_x += kv_head * DIM
     to = d_x + wide * d_x_row
