@@ -53,11 +53,9 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
     stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
     if dtype == torch.float32:
         return Tiles(32, 32, 32, 32, 4, 1)
-    if head_dim <= 64:
-        return Tiles(128, 64, 128, 64, 8, 3)
     if head_dim <= 128:
-        return Tiles(128, 64, 128, 64, 8, 2)
-    return Tiles(128, 32, 64, 32, 8, 2)
+        return Tiles(128, 64, 128, 64, 8, 3)
+    return Tiles(64, 32, 64, 32, 8, 2)
 
 
 def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
