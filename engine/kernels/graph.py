@@ -57,6 +57,25 @@ class Graph:
         return len(self._calls)
 
 
+class Recorded:
+    """`forward(rows)`, which reads its input from buffers of `max_rows` rows that stay where they are, recorded at the
+    first call with all of them. What a call returns is good until the next one."""
+
+    def __init__(self, forward: Callable[[int], Tensor], max_rows: int) -> None:
+        self._forward = forward
+        self._max_rows = max_rows
+        self.graph: Graph | None = None
+        self._out: Tensor | None = None
+
+    def __call__(self, rows: int) -> Tensor:
+        if self.graph is None or self._out is None:
+            with Graph() as graph:
+                self._out = self._forward(self._max_rows)
+            self.graph = graph
+        self.graph.replay(rows)
+        return self._out[:rows]
+
+
 def host_call(function: Callable[[int], object], rows: int) -> None:
     """Calls function(rows) between the kernels around it: at once, or at each replay while a graph records.
 
@@ -71,9 +90,10 @@ def host_call(function: Callable[[int], object], rows: int) -> None:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised tensor: while a graph records, one whose memory stays valid for every replay; a big one outside
-    of graphs, memory that an earlier tensor had."""
-    if _recording is not None:
-        return _recording.pool.take(shape, dtype)
-    if torch.device(device).type == "cpu" and num_bytes(shape, dtype) >= POOLED_BYTES:
-        return _shared.take(shape, dtype)
+    of graphs, memory that an earlier tensor had. On a GPU torch's own allocator does both."""
+    if device == "cpu" or torch.device(device).type == "cpu":
+        if _recording is not None:
+            return _recording.pool.take(shape, dtype)
+        if num_bytes(shape, dtype) >= POOLED_BYTES:
+            return _shared.take(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
