@@ -26,8 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.graph import empty
+from engine.kernels.triton import rotate
+from engine.kernels.triton.column_sum import add_column_sums_
 from engine.kernels.triton.launch import launch
-from engine.kernels.triton.rotate_backward import add_norm_gradient, head_columns, turn_back
+from engine.kernels.triton.rotate_backward import head_columns, turn_back
 from engine.kernels.weight import Weight
 
 if TYPE_CHECKING:
@@ -52,10 +54,39 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
     """A function of the model alone. 16-bit tiles fill two warpgroups' registers (255 a thread) without spilling and
     stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 32, 32, 4, 1)
+        return Tiles(32, 32, 32, 32, 8, 1) if head_dim <= 128 else Tiles(16, 16, 16, 16, 8, 1)
     if head_dim <= 128:
         return Tiles(128, 64, 128, 64, 8, 3)
     return Tiles(64, 32, 64, 32, 8, 2)
+
+
+def backward(
+    d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor,
+    plan: AttentionPlan, q_norm: Weight | None, k_norm: Weight | None, tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of qkv, and of kv where keys and values are given apart; those of the norms are added to their weights'.
+
+    d_out, out [T, H Dh] and lse [T, H] (log2, fp32) are the forward's. Rows past the plan's have gradients of 0. Turned
+    queries and keys are computed again rather than saved: (H + 2K) Dh elements a token for each layer otherwise. `tiles`
+    is for tests that want several of them in a short sequence. Raises InputError where the rows are not the plan's.
+    """
+    device, queries = qkv.device, spec.num_heads * spec.head_dim
+    tiles = tiles or tiles_for(spec.head_dim, qkv.dtype)
+    group, window = spec.num_heads // spec.num_kv_heads, spec.window or 0
+    on_device = plan.on_device(device)
+    work = on_device.derived(
+        (tiles, group, window), lambda: tuple(torch.from_numpy(a).to(device) for a in work_lists(plan, group, window, tiles))
+    )
+    q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, None, None, q_norm, k_norm)
+    d_qkv = empty(tuple(qkv.shape), qkv.dtype, device)
+    d_kv = None if kv is None else empty(tuple(kv.shape), kv.dtype, device)
+    d_qkv[plan.num_tokens :] = 0
+    if d_kv is not None:
+        d_kv[plan.kv_plan.num_tokens :] = 0
+    x = (qkv, d_qkv)
+    x_kv = (qkv[:, queries:], d_qkv[:, queries:]) if kv is None or d_kv is None else (kv, d_kv)
+    ...
+    return d_qkv, d_kv
 
 
 def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +161,8 @@ def gradients(
         launch(kernel, programs, *given, last_keys, positions, rope, source, None if norm is None else norm.data,
                target, sums, table, factor, spec.scale, spec.eps, *rows, source.stride(0), target.stride(0),
                ROWS=block[0], KEYS=block[1], **shape)  # fmt: skip
-        if norm is not None and sums is not None and len(sums):
-            add_norm_gradient(sums, norm)
+        if norm is not None and sums is not None:
+            add_column_sums_(sums, norm.grad_buffer())
 
 
 @triton.constexpr_function

@@ -1,51 +1,12 @@
 """Back through RoPE and the q/k norm on a GPU: what the epilogues of attention's backward do with a tile of gradients.
 
-# R rows of a tile, Dh head width, n partial sums
+# R rows of a tile, Dh head width
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from engine.kernels.graph import empty
-from engine.kernels.triton.launch import launch
-from engine.kernels.weight import Weight
-
-_CHUNK = 256  # partial sums of a program: 32,768 tiles of rows become 128 sums, which one program folds
-_FOLD_ROWS = 32
-
-
-def add_norm_gradient(partial: Tensor, norm: Weight) -> None:
-    """Adds the sum of `partial` (fp32 [n, Dh]) to `norm.grad_buffer()`, in an order that n alone decides."""
-    count, dim = partial.shape
-    chunks = triton.cdiv(count, _CHUNK)
-    constants = {"BLOCK": triton.next_power_of_2(dim), "ROWS": _FOLD_ROWS}
-    if chunks > 1:
-        sums = empty((chunks, dim), torch.float32, partial.device)
-        launch(_fold, (chunks,), partial, sums, count, _CHUNK, dim, **constants, ADD=False)
-        partial, count = sums, chunks
-    launch(_fold, (1,), partial, norm.grad_buffer(), count, count, dim, **constants, ADD=True)
-
-
-@triton.jit
-def _fold(partial, out, count, chunk, dim, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr):
-    """out[program] = sum of the `chunk` rows of this program; ROWS chains, which are summed in the end."""
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, count)
-    column = tl.arange(0, BLOCK)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for row in range(first, last, ROWS):
-        rows = row + tl.arange(0, ROWS)
-        inside = (rows < last)[:, None] & (column < dim)[None, :]
-        total += tl.load(partial + rows[:, None].to(tl.int64) * dim + column[None, :], mask=inside, other=0.0)
-    to = out + tl.program_id(0) * dim + column
-    total = tl.sum(total, 0)
-    if ADD:
-        total += tl.load(to, mask=column < dim, other=0.0)
-    tl.store(to, total, mask=column < dim)
 
 
 @triton.jit
