@@ -61,31 +61,60 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor,
-    plan: AttentionPlan, q_norm: Weight | None, k_norm: Weight | None, tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    kv: Tensor | None,
+    spec: AttentionSpec,
+    rope: Tensor,
+    plan: AttentionPlan,
+    q_norm: Weight | None,
+    k_norm: Weight | None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of qkv, and of kv where keys and values are given apart; those of the norms are added to their weights'.
 
-    d_out, out [T, H Dh] and lse [T, H] (log2, fp32) are the forward's. Rows past the plan's have gradients of 0. Turned
-    queries and keys are computed again rather than saved: (H + 2K) Dh elements a token for each layer otherwise. `tiles`
-    is for tests that want several of them in a short sequence. Raises InputError where the rows are not the plan's.
+    d_out, out [T, H Dh] in qkv's dtype and lse, fp32 [T, H] to base 2, are contiguous. Rows past the plan's have
+    gradients of 0. Turned queries and keys are computed again: to save them would take the memory of qkv once more for
+    each layer. `tiles` is for tests that want several of them in a short sequence. Same call, same bits.
     """
     device, queries = qkv.device, spec.num_heads * spec.head_dim
     tiles = tiles or tiles_for(spec.head_dim, qkv.dtype)
     group, window = spec.num_heads // spec.num_kv_heads, spec.window or 0
     on_device = plan.on_device(device)
-    work = on_device.derived(
-        (tiles, group, window), lambda: tuple(torch.from_numpy(a).to(device) for a in work_lists(plan, group, window, tiles))
+    query_work, key_work = on_device.derived(
+        (tiles, group, window),
+        lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, group, window, tiles)],
     )
     q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, None, None, q_norm, k_norm)
     d_qkv = empty(tuple(qkv.shape), qkv.dtype, device)
     d_kv = None if kv is None else empty(tuple(kv.shape), kv.dtype, device)
-    d_qkv[plan.num_tokens :] = 0
-    if d_kv is not None:
-        d_kv[plan.kv_plan.num_tokens :] = 0
-    x = (qkv, d_qkv)
-    x_kv = (qkv[:, queries:], d_qkv[:, queries:]) if kv is None or d_kv is None else (kv, d_kv)
-    ...
+    kv_rows, d_kv_rows = (qkv[:, queries:], d_qkv[:, queries:]) if kv is None or d_kv is None else (kv, d_kv)
+    d_qkv[on_device.num_tokens :].zero_()
+    d_kv_rows[on_device.num_keys :].zero_()
+    delta = empty((qkv.shape[0], spec.num_heads), torch.float32, device)
+    shape = {
+        "HEADS": spec.num_heads, "GROUP": group, "DIM": spec.head_dim, "BLOCK": triton.next_power_of_2(spec.head_dim),
+        "WINDOW": window, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    }  # fmt: skip
+
+    def run(kernel: Any, work: Tensor, given: tuple[Tensor, ...], positions: Tensor, x: Tensor, norm: Weight | None,
+            d_x: Tensor, **block: int) -> None:  # fmt: skip
+        programs = work.shape[0], spec.num_kv_heads
+        weight = sums = None
+        if norm is not None:
+            weight = norm.data
+            sums = empty((programs[0] * programs[1], spec.head_dim), torch.float32, device)
+        launch(kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x, weight, d_x, sums, work,
+               spec.scale * _LOG2E, spec.scale, spec.eps, x.stride(0), d_x.stride(0), **block, **shape)  # fmt: skip
+        if norm is not None and sums is not None:
+            add_column_sums_(sums, norm.grad_buffer())
+
+    run(_grad_queries, query_work, (out, lse, delta), on_device.query_positions, qkv, q_norm, d_qkv,
+        ROWS=tiles.query_rows, KEYS=tiles.query_keys)  # fmt: skip
+    run(_grad_keys, key_work, (lse, delta), on_device.key_positions, kv_rows, k_norm, d_kv_rows,
+        ROWS=tiles.key_rows, KEYS=tiles.key_keys)  # fmt: skip
     return d_qkv, d_kv
 
 
@@ -131,40 +160,6 @@ def _counted(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def gradients(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, kv: Tensor, d_x: Tensor,
-    d_kv: Tensor, spec: AttentionSpec, rope: Tensor, last_keys: Tensor, query_positions: Tensor, key_positions: Tensor,
-    work: tuple[Tensor, Tensor], q_norm: Weight | None, k_norm: Weight | None,
-) -> None:  # fmt: skip
-    """Writes the gradients of queries `x` [T, >= H Dh] to d_x, and those of keys and values `kv` [T_kv, >= 2K Dh] to d_kv.
-
-    q [T, H, Dh], k [T_kv, K, Dh] are normed and turned, as the forward multiplied them; v is [T_kv, K, Dh] of any row
-    stride. `last_keys`, `query_positions` [T] and `key_positions` [T_kv] are a DevicePlan's; `work` is from work_lists.
-    """
-    tiles = tiles_for(spec.head_dim, q.dtype)
-    group = spec.num_heads // spec.num_kv_heads
-    factor = spec.scale * _LOG2E
-    delta = empty((x.shape[0], spec.num_heads), torch.float32, x.device)
-    shape = {
-        "HEADS": spec.num_heads, "GROUP": group, "DIM": spec.head_dim, "BLOCK": triton.next_power_of_2(spec.head_dim),
-        "WINDOW": spec.window or 0, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
-    }  # fmt: skip
-    rows = [k.stride(0), v.stride(0)]
-    for kernel, table, given, positions, source, target, norm, block in (
-        (_grad_queries, work[0], (q, k, v, d_out, out, lse, delta), query_positions, x, d_x, q_norm,
-         (tiles.query_rows, tiles.query_keys)),
-        (_grad_keys, work[1], (q, k, v, d_out, lse, delta), key_positions, kv, d_kv, k_norm,
-         (tiles.key_rows, tiles.key_keys)),
-    ):  # fmt: skip
-        programs = table.shape[0], spec.num_kv_heads
-        sums = None if norm is None else empty((programs[0] * programs[1], spec.head_dim), torch.float32, x.device)
-        launch(kernel, programs, *given, last_keys, positions, rope, source, None if norm is None else norm.data,
-               target, sums, table, factor, spec.scale, spec.eps, *rows, source.stride(0), target.stride(0),
-               ROWS=block[0], KEYS=block[1], **shape)  # fmt: skip
-        if norm is not None and sums is not None:
-            add_column_sums_(sums, norm.grad_buffer())
-
-
 @triton.constexpr_function
 def _whole_tokens(rows: int, group: int) -> int:
     """Rows of a tile that holds whole tokens only, where it can hold one."""
@@ -201,8 +196,8 @@ def _load_rows(pointer, valid, MASKED: tl.constexpr):
 
 @triton.jit
 def _walk_keys(
-    d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, jump, over, last, k_row, v_row,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, jump, over, last,
+    KEY_ROW: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds dS K of the key tiles from `begin` to `end` to d_q, those from `jump` on moved on by `over` (where MASKED).
     Keys and `own`, the last that a row sees, count from where `k` and `v` point; `last` is the highest of these."""
@@ -212,9 +207,10 @@ def _walk_keys(
         if MASKED:
             key += tl.where(key >= jump, over, 0)
         at = key + lane
-        step = tl.cast(key, tl.int64)
-        k_tile = _load(k + step * k_row + lane[:, None] * k_row + column[None, :], at <= last, inside, MASKED, DIM, BLOCK)
-        v_tile = _load(v + step * v_row + lane[:, None] * v_row + column[None, :], at <= last, inside, MASKED, DIM, BLOCK)
+        step = tl.cast(key, tl.int64) * KEY_ROW
+        tile_at = lane[:, None] * KEY_ROW + column[None, :]
+        k_tile = _load(k + step + tile_at, at <= last, inside, MASKED, DIM, BLOCK)
+        v_tile = _load(v + step + tile_at, at <= last, inside, MASKED, DIM, BLOCK)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [rows, keys]
         p = tl.exp2(tl.fma(scores, factor, -lse[:, None]))
         if MASKED:
@@ -231,11 +227,12 @@ def _walk_keys(
 @triton.jit
 def _grad_queries(
     q, k, v, d_out, out, lse, delta, last_keys, positions, rope, x, q_norm, d_x, norm_sums, work,
-    factor, scale, eps, k_row, v_row, x_row, d_x_row,
+    factor, scale, eps, x_row, d_x_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first = tl.load(work + tile * 4)
     last_token = tl.load(work + tile * 4 + 1)
@@ -267,13 +264,13 @@ def _grad_queries(
         begin = tl.maximum(lowest - WINDOW + 1, 0) // KEYS * KEYS
         full_begin = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), KEYS) * KEYS
     full_end = tl.maximum((lowest + 1) // KEYS * KEYS, full_begin)
-    k += first_key.to(tl.int64) * k_row + kv_head * DIM
-    v += first_key.to(tl.int64) * v_row + kv_head * DIM
+    k += first_key.to(tl.int64) * KEY_ROW + kv_head * DIM
+    v += first_key.to(tl.int64) * KEY_ROW + kv_head * DIM
     d_q = tl.zeros([ROWS, BLOCK], tl.float32)
     d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_begin, full_end, 0, 0, highest,
-                     k_row, v_row, DIM, BLOCK, KEYS, WINDOW, False)  # fmt: skip
+                     KEY_ROW, DIM, BLOCK, KEYS, WINDOW, False)  # fmt: skip
     d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin + highest + 1 - full_end,
-                     full_begin, full_end - full_begin, highest, k_row, v_row, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
+                     full_begin, full_end - full_begin, highest, KEY_ROW, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
 
     position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
     turn_back(d_q * scale, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
@@ -325,11 +322,12 @@ def _walk_rows(
 @triton.jit
 def _grad_keys(
     q, k, v, d_out, lse, delta, last_keys, positions, rope, x, k_norm, d_x, norm_sums, work,
-    factor, scale, eps, k_row, v_row, x_row, d_x_row,
+    factor, scale, eps, x_row, d_x_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_key = tl.load(work + tile * 7)
     key = tl.load(work + tile * 7 + 1)
@@ -342,8 +340,9 @@ def _grad_keys(
     valid = tl.arange(0, KEYS) < num_keys
     keys = first_key + key + tl.arange(0, KEYS)
     wide = keys.to(tl.int64)
-    k_tile = _load(k + kv_head * DIM + wide[:, None] * k_row + column[None, :], valid, inside, True, DIM, BLOCK)
-    v_tile = _load(v + kv_head * DIM + wide[:, None] * v_row + column[None, :], valid, inside, True, DIM, BLOCK)
+    tile_at = wide[:, None] * KEY_ROW + kv_head * DIM + column[None, :]
+    k_tile = _load(k + tile_at, valid, inside, True, DIM, BLOCK)
+    v_tile = _load(v + tile_at, valid, inside, True, DIM, BLOCK)
     q += kv_head * GROUP * DIM
     d_out += kv_head * GROUP * DIM
     lse += kv_head * GROUP
