@@ -43,9 +43,12 @@ from engine.kernels.attention_pages import AttentionSpec
 from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.graph import empty
 from engine.kernels.triton import rotate
+from engine.kernels.triton.attention_backward import backward
 from engine.kernels.triton.attention_plan import ITEM, MAX_PARTIALS, TURN, DevicePlan, Tiles, WorkLists
 from engine.kernels.triton.launch import launch
 from engine.kernels.weight import Weight
+
+__all__ = ["attend", "backward", "forward", "tiles_of"]
 
 NO_SCORE = tl.constexpr(-1e30)  # the running maximum before the first key
 _ITEM = tl.constexpr(ITEM)

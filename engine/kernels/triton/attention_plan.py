@@ -9,7 +9,9 @@ decided here, and it is decided for balance alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +93,7 @@ class DevicePlan:
         self.fixed = False
         self._buffers = [_Buffer(device) for _ in range(6)]
         self._lists: dict[tuple[int, int, int, Tiles], WorkLists] = {}
+        self._derived: dict[Any, list[torch.Tensor]] = {}
         self._version = (-1, -1)
         self.upload(plan)
 
@@ -168,6 +171,13 @@ class DevicePlan:
             buffer.write(values)
         for lists in self._lists.values():
             lists.update()
+        self._derived.clear()
+
+    def derived(self, key: Any, build: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What `build` makes of the batch: made when it is first asked for by that `key`, kept until the next batch."""
+        if key not in self._derived:
+            self._derived[key] = build()
+        return self._derived[key]
 
     def lists(self, group: int, num_kv_heads: int, window: int, tiles: Tiles) -> WorkLists:
         """The items for layers of `num_kv_heads` heads that `group` query heads share each; a window of 0 is none."""
