@@ -242,11 +242,11 @@ def test_no_rows_give_no_rows():
 def test_a_reserved_plan_keeps_its_addresses_and_refuses_what_does_not_fit():
     spec = AttentionSpec(4, 2, 16)
     qkv = randn(40, spec.row_size).to(DEVICE)
-    tables = torch.arange(4, dtype=torch.int32).view(1, 4)
+    tables = torch.arange(5, dtype=torch.int32).view(1, 5)
     plan = plan_of([30], [30], tables)
     on_device = plan.on_device(torch.device(DEVICE))
-    on_device.reserve(num_tokens=40, num_sequences=2, num_table_pages=4)
-    cache = Cache(spec, torch.float32, [64])
+    on_device.reserve(num_tokens=40, num_sequences=2, num_table_pages=5)
+    cache = Cache(spec, torch.float32, [80])
     forward(qkv, spec, plan, cache.keys, cache.values)
     lists = on_device.lists(2, 2, 0, tiles_for_tests())
 
@@ -260,9 +260,9 @@ def test_a_reserved_plan_keeps_its_addresses_and_refuses_what_does_not_fit():
     assert addresses() == before
     alone = forward(qkv[:1], spec, plan_of([1], [31], tables), cache.keys, cache.values)
     assert_same_bits(out[:1], alone, "a batch of one row in room for 40")
-    plan.build(int32([0, 41]), int32([41]), torch.arange(41, dtype=torch.int32), tables, 16)
+    plan.build(int32([0, 80]), int32([80]), torch.arange(80, dtype=torch.int32), tables, 16)
     with pytest.raises(InputError, match="reserve the plan"):
-        forward(randn(41, spec.row_size), spec, plan, cache.keys, cache.values)
+        forward(randn(80, spec.row_size), spec, plan, cache.keys, cache.values)
 
 
 def test_bad_input_is_refused_by_name():
