@@ -83,7 +83,7 @@ def logits_logprob_reference(logits: Tensor, targets: Tensor, inv_temperature: T
 
 
 def logits_rows(vocab: int, device: torch.device) -> int:
-    """Rows of logits that exist at a time by default: as many as make 16 Mi logits, on a GPU 256 Mi, and at least 16."""
+    """Rows of logits that exist at a time by default: as make 16 Mi logits, on a GPU 256 Mi, and at least 16."""
     return max(16, (LOGITS_ELEMENTS if device.type == "cpu" else GPU_LOGITS_ELEMENTS) // vocab)
 
 

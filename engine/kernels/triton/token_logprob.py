@@ -79,7 +79,7 @@ def _forward(
 def _backward(
     logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, d_logits, vocab, BLOCK: tl.constexpr
 ):
-    """inv_temperature (g (onehot - p) - h p (log p + entropy)), g and h the gradients of log-probability and entropy."""
+    """inv_temperature (g (onehot - p) - h p (log p + entropy)), g, h the gradients of log-probability and entropy."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
