@@ -90,8 +90,10 @@ def test_a_poisoned_shard_makes_the_whole_row_nan(poison):
 def test_statistics_and_fold_are_row_invariant():
     def op(rows):
         targets, inverse = rows[:, 41:42].abs().mul(5).int(), rows[:, 42].abs() + 0.5
-        shards = [rows[:, :30].contiguous(), rows[:, 30:41].contiguous()]
-        statistics = [shard_statistics(shard, targets, inverse) for shard in shards]
+        statistics = [
+            shard_statistics(rows[:, a:b].contiguous(), shard_targets(targets, a, b - a), inverse)
+            for a, b in ((0, 30), (30, 41))
+        ]
         logprobs, entropy, stats = fold_statistics(torch.stack(statistics))
         return torch.cat([logprobs, entropy[:, None], stats], 1)
 
