@@ -121,7 +121,7 @@ class MicroBatches:
             return finish(number, out) if model.chunks[chunk].last else out
 
         shapes = [model.stream_shape(batch) for batch in batches]
-        run_pipeline(plan if learns else forwards_only(plan), model.mesh.pp, forward, shapes, model.dtype)
+        run_pipeline(plan if learns else forwards_only(plan), model.mesh.links, forward, shapes, model.dtype)
 
     def _loss(
         self, packed: TokenBatch, hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals

@@ -189,21 +189,20 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
     return x
 
 
-def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
-    """Sends x to the rank at place `to`. x must live and stay as it is until `wait`."""
+def start_send(x: Tensor, group: Group, to: int) -> Pending[None]:
+    """Sends x to the rank at place `to`. x must live and stay as it is until `wait`. Tensors arrive in the order in
+    which they were sent."""
     x = x.detach().contiguous()
     with named("send", group):
-        work = dist.isend(x, group.ranks[to], group=group.handle, tag=tag)
+        work = dist.isend(x, group.ranks[to], group=group.handle)
     return Pending("send", group, work, lambda: None, keep=x)
 
 
-def start_receive(
-    shape: tuple[int, ...], dtype: torch.dtype, group: Group, source: int, tag: int = 0
-) -> Pending[Tensor]:
-    """The tensor that the rank at place `source` sends next with this tag."""
+def start_receive(shape: tuple[int, ...], dtype: torch.dtype, group: Group, source: int) -> Pending[Tensor]:
+    """The tensor that the rank at place `source` sends next."""
     out = torch.empty(shape, dtype=dtype)
     with named("receive", group):
-        work = dist.irecv(out, group.ranks[source], group=group.handle, tag=tag)
+        work = dist.irecv(out, group.ranks[source], group=group.handle)
     return Pending("receive", group, work, lambda: out)
 
 
