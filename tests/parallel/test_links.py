@@ -37,6 +37,10 @@ def pair_of(t: Transfer, rank: int) -> frozenset[int]:
     return frozenset((rank, t.peer))
 
 
+def kind_of(t: Transfer, rank: int) -> str:
+    return t.what
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_both_ends_issue_the_messages_of_a_link_in_one_order(name: str) -> None:
     for plan in plans(name):
@@ -113,6 +117,11 @@ def test_no_schedule_deadlocks_where_links_keep_their_order(name: str) -> None:
 def test_one_communicator_for_both_directions_would_deadlock(name: str) -> None:
     """Each rank has posted a receive, in front of the send that the other waits for."""
     assert all(stuck_at(schedule(name, 2, 4), pair_of))
+
+
+def test_one_communicator_for_all_streams_of_a_pipeline_would_deadlock() -> None:
+    """Over several chunks streams go round in a circle, and each rank has posted a receive in front of a send."""
+    assert all(stuck_at(schedule("interleaved", 4, 8, 2), kind_of))
 
 
 def test_an_action_makes_at_most_one_message() -> None:
