@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import ParallelConfig
 from engine.errors import EngineError, NumericsError, ParallelError
+from engine.kernels.memory import upload
 from engine.losses import Loss, LossBatch, LossMetrics
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
@@ -56,6 +57,7 @@ class MicroBatches:
     def __init__(self, model: Transformer, config: ParallelConfig) -> None:
         self.model = model
         self.config = config
+        self.context_lanes = config.context_lanes or model.mesh.cp.size  # of all ranks, in gradients
 
     def learn(self, batches: list[list[Target]], loss: Loss, totals: Totals) -> list[list[Tensor]]:
         """Forwards and backwards; the log-probabilities of each sample's loss tokens, for each micro-batch. Adds what
@@ -81,7 +83,7 @@ class MicroBatches:
             return hidden.sum() * 0.0  # the stages before wait for a gradient
 
         with torch.inference_mode(False):
-            packed = [self._packed([target.inputs for target in targets]) for targets in batches]
+            packed = [self._packed([target.inputs for target in targets], self.context_lanes) for targets in batches]
             self._run(packed, finish, learns=True)
         outcome = (seen, values, failure and described(failure, "on the last pipeline stage"))
         seen, values, told = self._from_last_stage(outcome)
@@ -98,15 +100,16 @@ class MicroBatches:
             tokens = torch.tensor([token for s in batches[number] for token in s[1:]], dtype=torch.int32)
             inverse = temperatures([inverse_temperature], [len(tokens)])
             logprobs, _ = self._predictions(packed[number], hidden, torch.arange(len(tokens)), tokens, inverse)
-            scored[number] = list(logprobs.split([len(s) - 1 for s in batches[number]]))
+            scored[number] = list(logprobs.cpu().split([len(s) - 1 for s in batches[number]]))
             return logprobs
 
-        packed = [self._packed([s[:-1] for s in sequences]) for sequences in batches]
+        num_lanes = self.model.mesh.cp.size
+        packed = [self._packed([s[:-1] for s in sequences], num_lanes) for sequences in batches]
         self._run(packed, finish, learns=False)
         scored = self._from_last_stage(scored)
         return [scored[number] for number in range(len(batches))]
 
-    def _run(self, batches: list[TokenBatch], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
+    def _run(self, batches: list[list[TokenBatch]], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
         """Micro-batches through the stages of the pipeline, and back where there is something to learn.
         `finish(number, hidden)` makes a loss of the hidden states, on the last stage."""
         if not batches:
@@ -121,13 +124,15 @@ class MicroBatches:
             return finish(number, out) if model.chunks[chunk].last else out
 
         shapes = [model.stream_shape(batch) for batch in batches]
-        run_pipeline(plan if learns else forwards_only(plan), model.mesh.links, forward, shapes, model.dtype)
+        plan = plan if learns else forwards_only(plan)
+        run_pipeline(plan, model.mesh.links, forward, shapes, model.dtype, model.device)
 
     def _loss(
-        self, packed: TokenBatch, hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
+        self, packed: list[TokenBatch], hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of samples that share a micro-batch, from its hidden states [T, D], and the log-probabilities of
         their loss tokens."""
+        device = self.model.device
         counts = [len(target.positions) for target in targets]
         starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
         rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
@@ -137,12 +142,12 @@ class MicroBatches:
         batch = LossBatch(
             logprobs=logprobs,
             entropy=entropy,
-            advantages=torch.cat([target.advantages for target in targets]),
-            old_logprobs=torch.cat([target.old_logprobs for target in targets]),
-            ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
-            positions=torch.cat([target.positions for target in targets]),
-            sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
-            cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
+            advantages=upload(torch.cat([target.advantages for target in targets]), device),
+            old_logprobs=upload(torch.cat([target.old_logprobs for target in targets]), device),
+            ref_logprobs=upload(torch.cat([target.ref_logprobs for target in targets]), device),
+            positions=upload(torch.cat([target.positions for target in targets]), device),
+            sequence_ids=upload(torch.repeat_interleave(torch.tensor(counts)), device),
+            cu_seqlens=upload(torch.tensor([0, *counts]).cumsum(0), device),
             samples=[target.sample for target in targets],
             num_loss_tokens=totals.num_loss_tokens,
             num_loss_samples=totals.num_loss_samples,
@@ -156,20 +161,24 @@ class MicroBatches:
         difference = (logprobs.detach() - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
         totals.saw(float(difference.max()) if len(difference) else None)
-        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().split(counts))
+        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().cpu().split(counts))
 
     def _predictions(
-        self, packed: TokenBatch, hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None
+        self, packed: list[TokenBatch], hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [N] of `tokens` [N], which the micro-batch's `rows` [N] predict, from the hidden
         states of the rows that are here."""
-        choice = choose_rows(rows, packed.context)
+        choice = choose_rows(rows, packed[0].context)
         hidden = choice.take(hidden)  # [T, D] -> [rows of the N that are here, D]
-        inverse = None if inverse is None else inverse[choice.mine]
-        return choice.whole(*self.model.token_logprob(hidden, tokens[choice.mine], inverse))
+        mine, device = choice.mine, self.model.device
+        inverse = None if inverse is None else upload(inverse[mine], device)
+        return choice.whole(*self.model.token_logprob(hidden, upload(tokens[mine], device), inverse, choice.counts))
 
-    def _packed(self, sequences: list[list[int]]) -> TokenBatch:
-        return TokenBatch.packed(sequences, self.model.placement.sequence_parallel, self.model.mesh.cp)
+    def _packed(self, sequences: list[list[int]], num_lanes: int) -> list[TokenBatch]:
+        """This rank's lanes of `num_lanes`."""
+        model, cp = self.model, self.model.mesh.cp
+        scattered = model.placement.sequence_parallel
+        return TokenBatch.lanes(sequences, scattered, cp, num_lanes // cp.size, model.device)
 
     def _from_last_stage(self, value: T) -> T:
         return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)

@@ -198,9 +198,15 @@ def start_send(x: Tensor, group: Group, to: int) -> Pending[None]:
     return Pending("send", group, work, lambda: None, keep=x)
 
 
-def start_receive(shape: tuple[int, ...], dtype: torch.dtype, group: Group, source: int) -> Pending[Tensor]:
-    """The tensor that the rank at place `source` sends next."""
-    out = torch.empty(shape, dtype=dtype)
+def start_receive(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    group: Group,
+    source: int,
+    device: torch.device | str = "cpu",
+) -> Pending[Tensor]:
+    """The tensor that the rank at place `source` sends next, from its memory of the same kind."""
+    out = torch.empty(shape, dtype=dtype, device=device)
     with named("receive", group):
         work = dist.irecv(out, group.ranks[source], group=group.handle)
     return Pending("receive", group, work, lambda: out)

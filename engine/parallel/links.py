@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.kernels.memory import CPU
 from engine.parallel.collectives import Group, Pending, start_receive, start_send
 
 STREAMS, GRADIENTS, TOKENS, TIED = "streams", "gradients", "tokens", "tied"
@@ -77,6 +78,8 @@ class Links:
         """Sends x to the stage `to`. x must live and stay as it is until `wait`."""
         return start_send(x, self.groups[Link(kind, self.pp.index, to)], 1)
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str, source: int) -> Pending[Tensor]:
-        """The tensor of that kind that the stage `source` sends next."""
-        return start_receive(shape, dtype, self.groups[Link(kind, source, self.pp.index)], 0)
+    def receive(
+        self, shape: tuple[int, ...], dtype: torch.dtype, kind: str, source: int, device: torch.device = CPU
+    ) -> Pending[Tensor]:
+        """The tensor of that kind that the stage `source` sends next, from its memory of the same kind as `device`."""
+        return start_receive(shape, dtype, self.groups[Link(kind, source, self.pp.index)], 0, device)
