@@ -327,6 +327,8 @@ def _grad_keys(
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    HALF: tl.constexpr = ROWS // 2
+    MASKED_STEP: tl.constexpr = _whole_tokens(HALF, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_key = tl.load(work + tile * 7)
@@ -349,16 +351,20 @@ def _grad_keys(
     delta += kv_head * GROUP
 
     end = (hidden - seen) * GROUP
-    full_begin = tl.cdiv((whole - seen) * GROUP, STEP) * STEP
-    full_end = tl.maximum(tl.minimum((cut - seen) * GROUP, end) // STEP * STEP, full_begin)
+    full_begin = tl.cdiv((whole - seen) * GROUP, MASKED_STEP) * MASKED_STEP
+    full_end = full_begin + tl.maximum((cut - seen) * GROUP - full_begin, 0) // STEP * STEP
     d_k = tl.zeros([KEYS, BLOCK], tl.float32)
     d_v = tl.zeros([KEYS, BLOCK], tl.float32)
     d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin, full_end,
                           0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, False)  # fmt: skip
     d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, 0,
                           full_begin + end - full_end, full_begin, full_end - full_begin, end, key,
-                          HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
+                          HEADS, GROUP, DIM, BLOCK, HALF, KEYS, WINDOW, True)  # fmt: skip
 
+    # Read again, or the compiler would carry the addresses of rows through both loops, for which there are no registers.
+    keys = tl.load(work + tile * 7, volatile=True) + tl.load(work + tile * 7 + 1, volatile=True) + tl.arange(0, KEYS)
+    valid = tl.arange(0, KEYS) < tl.load(work + tile * 7 + 2, volatile=True)
+    wide = keys.to(tl.int64)
     d_x += kv_head * DIM
     to = d_x + wide * d_x_row
     values = to[:, None] + tl.num_programs(1) * DIM + column[None, :]
