@@ -1,5 +1,6 @@
 """Collectives over a named group of ranks. Each is one all-to-all and a fold in rank order, so that a sum depends on
-the ranks' order alone and never on the network's algorithm.
+the ranks' order alone and never on the network's algorithm. A tensor goes as it lies: gloo carries CPU memory and what
+is no tensor, NCCL a GPU's memory (unproven: no GPUs have talked yet).
 
 A group of one makes each of them the identity, so callers need no branch on the number of ranks.
 

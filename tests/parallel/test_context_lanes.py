@@ -40,7 +40,7 @@ def samples(step: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(step)
     made = []
     for number, length in enumerate(LENGTHS):
-        tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
+        tokens = torch.randint(3, 40, (length,), generator=generator).tolist()  # each of them several times
         made.append(Sample(tokens=tokens, loss_mask=[0, *[1] * (length - 1)], advantages=1.0 - 0.4 * number))
     return made
 
@@ -125,9 +125,7 @@ def test_ten_steps_of_one_two_and_four_ranks_have_the_same_bits(pool2: Pool, poo
 @pytest.mark.parametrize(
     ("axes", "settings"),
     [
-        ({"dp": 2}, {"gradient_lanes": 2}),
         ({"dp": 2}, {"gradient_lanes": 4}),
-        ({"pp": 2, "schedule": "1f1b"}, {"gradient_lanes": 2, "micro_batches": 2}),
         ({"pp": 2, "schedule": "zero_bubble"}, {"gradient_lanes": 2, "micro_batches": 2}),
     ],
     ids=str,

@@ -57,14 +57,15 @@ class _Buffer:
             return
         if self.fixed:
             raise InputError(
-                f"the batch needs {size} numbers of a work list and room was reserved for {self.data.numel()}; "
+                f"the batch needs a work list of {size} numbers and room was reserved for {self.data.numel()}; "
                 "reserve the plan for the largest batch before graphs are captured"
             )
-        self.data = torch.zeros(size + size // 2, dtype=torch.int32, device=self.data.device)
+        self.data = torch.zeros(size, dtype=torch.int32, device=self.data.device)
 
     def write(self, values: np.ndarray) -> None:
         flat = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32).reshape(-1))
-        self.reserve(flat.numel())
+        if flat.numel() > self.data.numel():
+            self.reserve(flat.numel() * (2 - self.fixed))
         self.data[: flat.numel()].copy_(flat)
 
 
@@ -156,7 +157,7 @@ class DevicePlan:
             tables, table = pages[inside], np.cumsum(sizes) - sizes
             self.num_pages = int(tables.max(initial=-1)) + 1
         if kv is plan:
-            rows, begins, sequence, sizes = slice(None), starts[:-1], np.arange(len(new)), new
+            rows, begins, sequence, sizes = np.arange(len(owner)), starts[:-1], np.arange(len(new)), new
         else:
             begins, ends = plan.begins.numpy(), plan.ends.numpy()
             sizes = ends - begins

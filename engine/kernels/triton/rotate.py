@@ -15,7 +15,7 @@ from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.launch import launch
 from engine.kernels.weight import Weight
 
-_HEADS = 8  # heads of a program: with 128 columns, 8 elements for each of 128 threads
+_ROWS = 32  # (token, head) rows of a program: with 128 columns, 32 elements for each of 128 threads
 E4M3_MAX = tl.constexpr(448.0)
 
 
@@ -47,17 +47,17 @@ def forward(
     else:
         page = plan.page_size
         strides = (K * page * dim, page * dim, dim)
-    shape = {"DIM": dim, "HALF": triton.next_power_of_2(dim // 2), "HEADS": _HEADS}
+    shape = {"DIM": dim, "HALF": triton.next_power_of_2(dim // 2), "ROWS": _ROWS}
     norms = (None if norm is None else norm.data for norm in (q_norm, k_norm))
     q_norm_data, k_norm_data = norms
     launch(
-        _write_queries, (qkv.shape[0], triton.cdiv(H, _HEADS)), q_rows, q_rows.stride(0), q_norm_data, rope,
-        plan.query_positions, plan.counts, q, H, spec.eps, **shape,
+        _write_queries, (triton.cdiv(qkv.shape[0] * H, _ROWS),), q_rows, q_rows.stride(0), q_norm_data, rope,
+        plan.query_positions, plan.counts, q, spec.eps, NUM_HEADS=H, **shape,
     )  # fmt: skip
     launch(
-        _write_keys, (kv_rows.shape[0], triton.cdiv(K, _HEADS)), kv_rows if apart else kv_rows[:, H * dim :],
-        kv_rows.stride(0), k_norm_data, rope, plan.key_positions, plan.slots, plan.counts, keys, values, K, spec.eps,
-        *strides, PAGE=page, E4M3=spec.kv_dtype is not None, **shape,
+        _write_keys, (triton.cdiv(kv_rows.shape[0] * K, _ROWS),), kv_rows if apart else kv_rows[:, H * dim :],
+        kv_rows.stride(0), k_norm_data, rope, plan.key_positions, plan.slots, plan.counts, keys, values, spec.eps,
+        *strides, NUM_HEADS=K, PAGE=page, E4M3=spec.kv_dtype is not None, **shape,
     )  # fmt: skip
     return q, keys, values
 
@@ -70,51 +70,47 @@ def aligned(x: Tensor) -> Tensor:
 
 @triton.jit
 def _write_queries(
-    x, row_stride, norm, rope, positions, counts, q, num_heads, eps,
-    DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    x, row_stride, norm, rope, positions, counts, q, eps,
+    NUM_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(counts):
-        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        columns = tl.arange(0, HALF)
-        inside = (heads < num_heads)[:, None] & (columns < DIM // 2)[None]
-        at = heads[:, None] * DIM + columns[None]
-        position = tl.load(positions + row).to(tl.int64)
-        x1, x2 = _turned(x + row * row_stride + at, inside, norm, rope + position * DIM, columns, eps, DIM)
-        to = q + row * num_heads * DIM + at
-        tl.store(to, x1.to(q.dtype.element_ty), mask=inside)
-        tl.store(to + DIM // 2, x2.to(q.dtype.element_ty), mask=inside)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, head, here = row // NUM_HEADS, row % NUM_HEADS, row // NUM_HEADS < tl.load(counts)
+    columns = tl.arange(0, HALF)
+    inside = here[:, None] & (columns < DIM // 2)[None]
+    at = x + (token.to(tl.int64) * row_stride + head * DIM)[:, None] + columns[None]
+    x1, x2 = _turned(at, here, inside, norm, rope, positions + token, columns, eps, DIM)
+    to = q + row.to(tl.int64)[:, None] * DIM + columns[None]
+    tl.store(to, x1.to(q.dtype.element_ty), mask=inside)
+    tl.store(to + DIM // 2, x2.to(q.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _write_keys(
-    x, row_stride, norm, rope, positions, slots, counts, keys, values, num_heads, eps, page_stride, head_stride,
-    slot_stride, PAGE: tl.constexpr, E4M3: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    x, row_stride, norm, rope, positions, slots, counts, keys, values, eps, page_stride, head_stride, slot_stride,
+    NUM_HEADS: tl.constexpr, PAGE: tl.constexpr, E4M3: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(counts + 1):
-        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        columns = tl.arange(0, HALF)
-        inside = (heads < num_heads)[:, None] & (columns < DIM // 2)[None]
-        at = heads[:, None] * DIM + columns[None]
-        position = tl.load(positions + row).to(tl.int64)
-        row_at = x + row * row_stride + at
-        x1, x2 = _turned(row_at, inside, norm, rope + position * DIM, columns, eps, DIM)
-        if PAGE:
-            slot = tl.load(slots + row).to(tl.int64)
-            start = slot // PAGE * page_stride + slot % PAGE * slot_stride
-        else:
-            start = row * slot_stride
-        to = start + heads[:, None] * head_stride + columns[None]
-        _store(keys + to, x1.to(x.dtype.element_ty), inside, E4M3)
-        _store(keys + to + DIM // 2, x2.to(x.dtype.element_ty), inside, E4M3)
-        row_at += num_heads * DIM
-        _store(values + to, tl.load(row_at, mask=inside, other=0.0), inside, E4M3)
-        _store(values + to + DIM // 2, tl.load(row_at + DIM // 2, mask=inside, other=0.0), inside, E4M3)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, head, here = row // NUM_HEADS, row % NUM_HEADS, row // NUM_HEADS < tl.load(counts + 1)
+    columns = tl.arange(0, HALF)
+    inside = here[:, None] & (columns < DIM // 2)[None]
+    at = x + (token.to(tl.int64) * row_stride + head * DIM)[:, None] + columns[None]
+    x1, x2 = _turned(at, here, inside, norm, rope, positions + token, columns, eps, DIM)
+    if PAGE:
+        slot = tl.load(slots + token, mask=here, other=0)
+        start = (slot // PAGE).to(tl.int64) * page_stride + slot % PAGE * slot_stride
+    else:
+        start = token.to(tl.int64) * slot_stride
+    to = (start + head * head_stride)[:, None] + columns[None]
+    _store(keys + to, x1.to(x.dtype.element_ty), inside, E4M3)
+    _store(keys + to + DIM // 2, x2.to(x.dtype.element_ty), inside, E4M3)
+    at += NUM_HEADS * DIM
+    _store(values + to, tl.load(at, mask=inside, other=0.0), inside, E4M3)
+    _store(values + to + DIM // 2, tl.load(at + DIM // 2, mask=inside, other=0.0), inside, E4M3)
 
 
 @triton.jit
-def _turned(at, inside, norm, table, columns, eps, DIM: tl.constexpr):
+def _turned(at, here, inside, norm, rope, positions, columns, eps, DIM: tl.constexpr):
     """Both halves of the heads at `at`, fp32: normed where there is a norm, and turned."""
     x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(at + DIM // 2, mask=inside, other=0.0).to(tl.float32)
@@ -124,16 +120,25 @@ def _turned(at, inside, norm, table, columns, eps, DIM: tl.constexpr):
         inverse = tl.rsqrt(mean + eps)[:, None]
         x1 = x1 * inverse * tl.load(norm + columns, mask=within, other=0.0).to(tl.float32)[None]
         x2 = x2 * inverse * tl.load(norm + DIM // 2 + columns, mask=within, other=0.0).to(tl.float32)[None]
-    cos = tl.load(table + columns, mask=within, other=0.0)[None]
-    sin = tl.load(table + DIM // 2 + columns, mask=within, other=0.0)[None]
+    position = tl.load(positions, mask=here, other=0).to(tl.int64)
+    table = rope + position[:, None] * DIM + columns[None]
+    cos = tl.load(table, mask=inside, other=0.0)
+    sin = tl.load(table + DIM // 2, mask=inside, other=0.0)
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
 @triton.jit
 def _store(to, x, inside, E4M3: tl.constexpr):
     if E4M3:
-        wide = x.to(tl.float32)
-        wide = tl.where(wide > E4M3_MAX, E4M3_MAX, tl.where(wide < -E4M3_MAX, -E4M3_MAX, wide))  # NaN stays
-        tl.store(to, wide.to(tl.float8e4nv).to(to.dtype.element_ty), mask=inside)
-    else:
-        tl.store(to, x, mask=inside)
+        x = to_e4m3(x.to(tl.float32))
+    tl.store(to, x.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def to_e4m3(x):
+    """The value of float8_e4m3fn nearest to x, ties to even, at most 448; NaN stays. fp32 to fp32: what is stored is
+    then exact in any type, whatever the conversion to it does with others."""
+    near = tl.where(x > E4M3_MAX, E4M3_MAX, tl.where(x < -E4M3_MAX, -E4M3_MAX, x))
+    exponent = tl.maximum((near.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)  # below 2**-6 steps stay as they are
+    shift = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)  # 1.5 * 2**23 steps of 2**(exponent - 3)
+    return tl.where(x == x, (near + shift) - shift, x)
