@@ -134,7 +134,7 @@ class MicroBatches:
 
         shapes = [self.lanes.stream_shape(batch) for batch in batches]
         plan = plan if learns else forwards_only(plan)
-        run_pipeline(plan, model.mesh.pp, forward, shapes, model.dtype, model.device)
+        run_pipeline(plan, model.mesh.links, forward, shapes, model.dtype, model.device)
 
     def _loss(
         self, packed: list[TokenBatch], hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
