@@ -66,8 +66,9 @@ class _Buffer:
         flat = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32).reshape(-1))
         if flat.numel() > self.data.numel():
             self.reserve(flat.numel() * (2 - self.fixed))
-        source = flat.pin_memory() if self.data.is_cuda else flat
-        self.data[: flat.numel()].copy_(source, non_blocking=True)
+        if self.data.is_cuda:
+            flat = flat.pin_memory()  # so that the host does not wait for the copy
+        self.data[: flat.numel()].copy_(flat, non_blocking=True)
 
 
 @dataclass(frozen=True)
