@@ -30,13 +30,13 @@ from engine.kernels.cuda_graph import CudaGraphs
 from engine.kernels.graph import Recorded
 from engine.kernels.memory import upload
 from engine.model import Transformer
-from engine.parallel.collectives import Pending, start_receive, start_send
+from engine.parallel.collectives import Pending
 from engine.parallel.context import ContextShard, choose_rows, deal_rows
+from engine.parallel.links import STREAMS, TOKENS
 from engine.sampler.draw import Drawing, Drawn
 from engine.sampler.scheduler import Step
 from engine.sampler.slots import Slots
 
-STREAM, DRAWN = 0, 1  # tags of messages between stages
 SHARED_ROWS = 128  # from so many for each context-parallel rank on, a step's rows are worth dealing out
 
 
@@ -72,7 +72,7 @@ class Runner:
 
     def __init__(self, model: Transformer, num_pages: int, page_size: int, max_batch_tokens: int) -> None:
         self.model = model
-        self.stages = model.mesh.pp
+        self.stages, self.links = model.mesh.pp, model.mesh.links
         self.page_size = page_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -139,7 +139,7 @@ class Runner:
         if not self.model.has_last and len(flight.drawing):
             last = self.stages.size - 1
             size = (flight.drawing.message_size,)
-            flight.message = start_receive(size, torch.int32, self.stages, last, tag=DRAWN)
+            flight.message = self.links.receive(size, torch.int32, TOKENS, last)
         elif not len(flight.drawing):
             flight.drawn = Drawn.empty(0)
         return flight
@@ -194,20 +194,20 @@ class Runner:
             return flight.stream
         shape, before = (flight.num_rows, self.model.config.hidden_size), (self.stages.index - 1) % self.stages.size
         model = self.model
-        return start_receive(shape, model.dtype, self.stages, before, STREAM, model.device).wait()
+        return self.links.receive(shape, model.dtype, STREAMS, before, model.device).wait()
 
     def _pass_on(self, flight: Flight, hidden: Tensor) -> None:
         if self.stages.size == 1:
             flight.stream = hidden.clone()
         else:  # a copy: the next replay writes where this one did
             after = (self.stages.index + 1) % self.stages.size
-            self._sends.append(start_send(hidden.clone(), self.stages, after, tag=STREAM))
+            self._sends.append(self.links.send(hidden.clone(), STREAMS, after))
 
     def _tell(self, flight: Flight) -> None:
         """Sends what was sampled to the stages before."""
         if self.stages.size > 1 and flight.drawn is not None:
             message = flight.drawing.pack(flight.drawn)
-            self._sends += [start_send(message, self.stages, to, DRAWN) for to in range(self.stages.size - 1)]
+            self._sends += [self.links.send(message, TOKENS, to) for to in range(self.stages.size - 1)]
 
     def _settle(self) -> None:
         """Lets go of messages that are old enough to have arrived."""
