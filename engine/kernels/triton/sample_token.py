@@ -196,7 +196,7 @@ def _cut_mass(row, cut_key, cut_id, needed):
 
 @triton.jit
 def _measure(row, cut_key, cut_id, key, MASS: tl.constexpr):
-    """Of the prefix's tokens with a key of at least `key`: how many; their mass, the lightest's mass, the lowest key."""
+    """Of the prefix's tokens with a key of at least `key`: how many, their mass, the lightest's, the lowest key."""
     logits, scale, vocab, tiles, whole = row
     count = tl.zeros([TILE], tl.int32)
     mass = tl.zeros([TILE], tl.int64)
