@@ -74,6 +74,20 @@ class Links:
         mine = [link for link in links_of(pp.size, chunks_per_stage) if pp.index in (link.source, link.to)]
         return cls(pp, {link: link.group(pp.ranks, rank, handles.get(link)) for link in mine})
 
+    def connect(self, device: torch.device) -> None:
+        """Sends a first message over every link, from memory of the device's kind. All stages go through the links in
+        one order, each when the one before is through.
+
+        With the first message of two ranks NCCL makes their connection, and both wait for it. A receive that a schedule
+        posts early could wait for a stage that waits for what comes after it: gpipe would not begin. Raises
+        ParallelError.
+        """
+        for link in self.groups:
+            if link.source == self.pp.index:
+                self.send(torch.zeros(1, dtype=torch.float32, device=device), link.kind, link.to).wait()
+            else:
+                self.receive((1,), torch.float32, link.kind, link.source, device).wait()
+
     def send(self, x: Tensor, kind: str, to: int) -> Pending[None]:
         """Sends x to the stage `to`. x must live and stay as it is until `wait`."""
         return start_send(x, self.groups[Link(kind, self.pp.index, to)], 1)

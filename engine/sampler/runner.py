@@ -82,14 +82,21 @@ class Runner:
                 self.keys.append(keys)
                 self.values.append(values)
         self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32, device=model.device)
-        self._plan = AttentionPlan()
+        self._plan = AttentionPlan()  # of recorded forwards
+        self._eager_plan = AttentionPlan()
         width = model.config.hidden_size
         self._streams = [
             None if chunk.first else torch.zeros((max_batch_tokens, width), dtype=model.dtype, device=model.device)
             for chunk in model.chunks
         ]
-        recorder = Recorded if model.device.type == "cpu" else CudaGraphs
-        self.recorded = [recorder(partial(self._run, chunk), max_batch_tokens) for chunk in range(len(model.chunks))]
+        max_pages = -(-min(num_pages * page_size, model.config.max_position_embeddings) // page_size)
+        forwards = [partial(self._run, self._plan, chunk) for chunk in range(len(model.chunks))]
+        self.recorded: list[Recorded | CudaGraphs] = [
+            Recorded(forward, max_batch_tokens)
+            if model.device.type == "cpu"
+            else CudaGraphs(forward, self._plan, model.device, max_batch_tokens, max_pages)
+            for forward in forwards
+        ]
         self._round: list[Flight | None] = []
         self._sends: list[Pending[None]] = []
 
@@ -172,18 +179,21 @@ class Runner:
             batch = TokenBatch(tokens, lane.plan, KVView(self.keys, self.values), context=flight.context)
             return self.model.forward(batch, stream, chunk)
         total = len(flight.tokens)
-        self._plan.build(*flight.plan, self.page_size)
+        recorded = self.recorded[chunk]
+        replays = self.model.recordable and total <= recorded.max_rows
+        plan = self._plan if replays else self._eager_plan
+        plan.build(*flight.plan, self.page_size)
         if self.model.chunks[chunk].first:
             self._tokens[:total] = upload(torch.from_numpy(flight.tokens), self.model.device)
         buffer = self._streams[chunk]
         if buffer is not None and stream is not None:
             buffer[:total] = stream
-        return self.recorded[chunk](total) if self.model.recordable else self._run(chunk, total)
+        return recorded(total) if replays else self._run(plan, chunk, total)
 
-    def _run(self, chunk: int, rows: int) -> Tensor:
+    def _run(self, plan: AttentionPlan, chunk: int, rows: int) -> Tensor:
         """The forward of `rows` rows of the buffers."""
         buffer = self._streams[chunk]
-        batch = TokenBatch(self._tokens[:rows], self._plan, KVView(self.keys, self.values))
+        batch = TokenBatch(self._tokens[:rows], plan, KVView(self.keys, self.values))
         return self.model.forward(batch, None if buffer is None else buffer[:rows], chunk)
 
     # ---- between stages ----

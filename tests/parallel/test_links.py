@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.config import ParallelConfig
+from engine.kernels.memory import CPU
 from engine.parallel.collectives import Group
 from engine.parallel.links import GRADIENTS, STREAMS, TIED, TOKENS, Link, Links, links_of
 from engine.parallel.mesh import make_mesh
@@ -139,6 +140,20 @@ def test_an_action_makes_at_most_one_message() -> None:
 # ---- groups ----
 
 
+@pytest.mark.parametrize("num_stages", range(2, 9))
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_stages_that_wait_for_each_first_message_all_connect(num_stages: int, num_chunks: int) -> None:
+    """As `Links.connect` goes through them: a stage is at its next link when both ends have met at the one before."""
+    ranks = tuple(range(num_stages))
+    left = [deque(Links.layout(Group("pp", ranks, place), num_chunks).groups) for place in ranks]
+    met = 0
+    while meeting := [own[0] for own in left if own and left[own[0].source][0] == left[own[0].to][0]]:
+        left[meeting[0].source].popleft()
+        left[meeting[0].to].popleft()
+        met += 1
+    assert met == len(links_of(num_stages, num_chunks)) and not any(left)
+
+
 @pytest.mark.parametrize("num_stages", range(1, 9))
 @pytest.mark.parametrize("num_chunks", [1, 2])
 def test_a_link_has_a_group_of_its_own_and_ends_know_their_side(num_stages: int, num_chunks: int) -> None:
@@ -159,6 +174,7 @@ def everything(config: ParallelConfig) -> dict[tuple[str, int], list[list[float]
     waited for first."""
     mesh = make_mesh(config)
     links = mesh.links
+    links.connect(CPU)
     here = links.pp.index
     coming = [
         (link, [links.receive((2,), torch.float32, link.kind, link.source) for _ in range(3)])
