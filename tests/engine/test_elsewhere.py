@@ -88,6 +88,15 @@ def test_a_step_of_sampling_reads_once(reads):
     assert set(reads) == {"cpu"}
 
 
+def test_an_optimizer_step_reads_once(reads):
+    engine = make()
+    with use_backend("triton"):
+        engine.forward_backward([sample()], "sft")
+        del reads[:]
+        engine.optim_step(1e-3)
+    assert reads == ["tolist"]
+
+
 def test_alternatives_are_read_from_there(reads):
     with use_backend("triton"):
         (row,) = make().generate([[3, 4]], SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True))
