@@ -91,5 +91,5 @@ def test_no_rows_give_nothing_and_leave_the_gradient_alone():
 
 def test_tensors_of_two_devices_are_refused():
     x, weight = torch.empty(3, 41, device="meta"), device_weight(randn(41), torch.float32)
-    with use_backend("triton"), pytest.raises(InputError, match="weight is on .* first tensor is on meta"):
+    with use_backend("triton"), pytest.raises(InputError, match=r"weight is on .* first tensor is on meta"):
         rms_norm(x, weight, EPS)
