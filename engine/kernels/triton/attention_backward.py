@@ -9,7 +9,8 @@ the other side in a fixed order, so nothing is summed by two programs and the sa
 
 P and dS are rounded to the model's type before the products they enter; sums are fp32. Tiles start where sequences do,
 so that a sequence's gradients do not depend on the others in the batch. Tiles that no mask touches are computed without
-one, tiles that it hides whole are skipped. The epilogues go back through the scale, RoPE and the norms and round once.
+one, tiles that it hides whole are skipped. The epilogues go back through the scale, RoPE and the norms and round once;
+heads wider than 128 leave them no registers, so they do that in a launch of its own, and dK and dV in one each.
 
 # T tokens, H query heads, K kv heads, G = H / K, Dh head width
 """
@@ -47,14 +48,14 @@ class Tiles:
     key_rows: int  # and rows of a step
     num_warps: int
     num_stages: int
-    apart: bool = False  # dK and dV in a launch each, RoPE and norm in another: wide heads fill the registers
+    apart: bool = False  # dK and dV in a launch each, RoPE and norms in others: wide heads fill the registers
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """A function of the model alone. 16-bit tiles fill two warpgroups' registers (255 a thread) without spilling and
-    stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
+    """A function of the model alone. 16-bit tiles fill the registers of two warpgroups (255 a thread) without spilling
+    and stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
     if dtype == torch.float32:
-        return Tiles(16, 16, 16, 32, 8, 1)
+        return Tiles(16, 16, 16, 32, 8, 2)
     if head_dim <= 128:
         return Tiles(128, 64, 128, 64, 8, 3)
     return Tiles(128, 32, 128, 32, 8, 2, apart=True)
@@ -235,6 +236,26 @@ def _walk_keys(
 
 
 @triton.jit
+def _query_rows(item, kv_head, ROWS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    """First token of a tile of rows; token, head and presence of each row. Read from memory at each call: what is
+    carried through the loops instead takes registers that these need."""
+    row = tl.load(item + 2, volatile=True)
+    first = tl.load(item, volatile=True) + row // GROUP
+    tokens, heads = _rows_of(row, ROWS, GROUP, STEP)
+    tokens += first
+    valid = (tokens < tl.load(item + 1, volatile=True)) & (tl.arange(0, ROWS) < STEP)
+    return first, tokens, heads + kv_head * GROUP, valid
+
+
+@triton.jit
+def _key_rows(item, KEYS: tl.constexpr):
+    """Row of `kv` and presence of each key of a tile; read from memory, as _query_rows does."""
+    lane = tl.arange(0, KEYS)
+    first = tl.load(item, volatile=True) + tl.load(item + 1, volatile=True)
+    return first + lane, lane < tl.load(item + 2, volatile=True)
+
+
+@triton.jit
 def _grad_queries(
     q, k, v, d_out, out, lse, delta, last_keys, positions, rope, x, q_norm, d_x, sums, turned, work,
     factor, scale, eps, x_row, d_x_row,
@@ -244,15 +265,10 @@ def _grad_queries(
     STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(work + tile * 4)
     last_token = tl.load(work + tile * 4 + 1)
     row = tl.load(work + tile * 4 + 2)
     first_key = tl.load(work + tile * 4 + 3)
-    first += row // GROUP
-    tokens, heads = _rows_of(row, ROWS, GROUP, STEP)
-    heads += kv_head * GROUP
-    tokens += first
-    valid = (tokens < last_token) & (tl.arange(0, ROWS) < STEP)
+    first, tokens, heads, valid = _query_rows(work + tile * 4, kv_head, ROWS, GROUP, STEP)
     wide = tokens.to(tl.int64)
     column, inside = head_columns(DIM, BLOCK)
     at = (wide * HEADS + heads) * DIM
@@ -282,7 +298,10 @@ def _grad_queries(
     d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin + highest + 1 - full_end,
                      full_begin, full_end - full_begin, highest, KEY_ROW, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
 
+    _, tokens, heads, valid = _query_rows(work + tile * 4, kv_head, ROWS, GROUP, STEP)
+    wide = tokens.to(tl.int64)
     if turned is not None:
+        tile_at = ((wide * HEADS + heads) * DIM)[:, None] + column[None, :]
         tl.store(turned + tile_at, d_q * scale, mask=valid[:, None] & inside[None, :])
     else:
         position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
@@ -349,16 +368,13 @@ def _grad_keys(
     HALF_STEP: tl.constexpr = _whole_tokens(HALF, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    first_key = tl.load(work + tile * 7)
     key = tl.load(work + tile * 7 + 1)
-    num_keys = tl.load(work + tile * 7 + 2)
     seen = tl.load(work + tile * 7 + 3)
     whole = tl.load(work + tile * 7 + 4)
     cut = tl.load(work + tile * 7 + 5)
     hidden = tl.load(work + tile * 7 + 6)
     column, inside = head_columns(DIM, BLOCK)
-    valid = tl.arange(0, KEYS) < num_keys
-    keys = first_key + key + tl.arange(0, KEYS)
+    keys, valid = _key_rows(work + tile * 7, KEYS)
     wide = keys.to(tl.int64)
     tile_at = wide[:, None] * KEY_ROW + kv_head * DIM + column[None, :]
     k_tile = _load(k + tile_at, valid, inside, True, DIM, BLOCK)
@@ -373,15 +389,14 @@ def _grad_keys(
     full_end = full_begin + tl.maximum((cut - seen) * GROUP - full_begin, 0) // STEP * STEP
     d_k = tl.zeros([KEYS, BLOCK], tl.float32)
     d_v = tl.zeros([KEYS, BLOCK], tl.float32)
-    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin, full_end,
-                          0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, STEP, KEYS, WINDOW, False, D_K, D_V)  # fmt: skip
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin,
+                          full_end, 0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, STEP, KEYS, WINDOW, False,
+                          D_K, D_V)  # fmt: skip
     d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, 0,
                           full_begin + end - full_end, full_begin, full_end - full_begin, end, key,
                           HEADS, GROUP, DIM, BLOCK, HALF, HALF_STEP, KEYS, WINDOW, True, D_K, D_V)  # fmt: skip
 
-    # Read again, or the compiler carries addresses of rows through both loops, for which there are no registers.
-    keys = tl.load(work + tile * 7, volatile=True) + tl.load(work + tile * 7 + 1, volatile=True) + tl.arange(0, KEYS)
-    valid = tl.arange(0, KEYS) < tl.load(work + tile * 7 + 2, volatile=True)
+    keys, valid = _key_rows(work + tile * 7, KEYS)
     wide = keys.to(tl.int64)
     stored = valid[:, None] & inside[None, :]
     heads = tl.num_programs(1)

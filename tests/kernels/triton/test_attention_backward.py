@@ -5,6 +5,7 @@ Tiles are small here, so that 41 keys are several of them, and the forward's res
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 
 import pytest
@@ -131,6 +132,18 @@ def test_gradients_are_those_of_the_definition_in_double(shape, dtype):
     assert ours[0].dtype == ours[1].dtype == dtype
     for actual, exact in zip(ours, exact_gradients(qkv, d_out, spec, LENGTHS, norms), strict=True):
         assert_near(actual.cpu(), exact, dtype, ulps=ULPS[dtype])
+
+
+def test_wide_heads_go_back_through_rope_and_norm_in_a_launch_of_their_own():
+    from engine.kernels.triton.attention_backward import tiles_for
+
+    assert tiles_for(256, torch.bfloat16).apart and not tiles_for(128, torch.bfloat16).apart
+    spec = AttentionSpec(3, 1, 48, window=20)
+    qkv, d_out = example(spec, torch.float32)
+    norms = norms_of(spec, torch.float32)
+    ours = gradients(qkv, d_out, spec, LENGTHS, norms, tiles=replace(small_tiles(), apart=True))
+    for actual, exact in zip(ours, exact_gradients(qkv, d_out, spec, LENGTHS, norms), strict=True):
+        assert_near(actual.cpu(), exact, torch.float32, ulps=ULPS[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
