@@ -190,11 +190,12 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
     return x
 
 
-def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
-    """Sends x to the rank at place `to`. x must live and stay as it is until `wait`."""
+def start_send(x: Tensor, group: Group, to: int) -> Pending[None]:
+    """Sends x to the rank at place `to`. x must live and stay as it is until `wait`. Tensors arrive in the order in
+    which they were sent."""
     x = x.detach().contiguous()
     with named("send", group):
-        work = dist.isend(x, group.ranks[to], group=group.handle, tag=tag)
+        work = dist.isend(x, group.ranks[to], group=group.handle)
     return Pending("send", group, work, lambda: None, keep=x)
 
 
@@ -203,13 +204,12 @@ def start_receive(
     dtype: torch.dtype,
     group: Group,
     source: int,
-    tag: int = 0,
     device: torch.device | str = "cpu",
 ) -> Pending[Tensor]:
-    """The tensor that the rank at place `source` sends next with this tag, from its memory of the same kind."""
+    """The tensor that the rank at place `source` sends next, from its memory of the same kind."""
     out = torch.empty(shape, dtype=dtype, device=device)
     with named("receive", group):
-        work = dist.irecv(out, group.ranks[source], group=group.handle, tag=tag)
+        work = dist.irecv(out, group.ranks[source], group=group.handle)
     return Pending("receive", group, work, lambda: out)
 
 

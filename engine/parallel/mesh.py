@@ -24,6 +24,7 @@ from engine.config import ParallelConfig
 from engine.errors import ConfigError, ParallelError
 from engine.parallel.collectives import Group, all_gather, named
 from engine.parallel.launch import connect, world_size
+from engine.parallel.links import Link, Links, links_of
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -39,6 +40,7 @@ class Mesh:
     replica: Group
     data: Group
     world: Group
+    links: Links  # between the stages of this rank's pipeline
 
     @classmethod
     def single(cls) -> Mesh:
@@ -52,8 +54,9 @@ class Mesh:
         Raises ConfigError when the grid does not have as many places as there are ranks.
         """
         shape = grid_shape(config, world_size)
-        groups = {name: _group_of(rank, name, shape) for name in _SPANS}
-        return cls(**{name: Group(name, ranks, ranks.index(rank)) for name, ranks in groups.items()})
+        members = {name: _group_of(rank, name, shape) for name in _SPANS}
+        groups = {name: Group(name, ranks, ranks.index(rank)) for name, ranks in members.items()}
+        return cls(**groups, links=Links.layout(groups["pp"], config.chunks_per_stage))
 
     @property
     def rank(self) -> int:
@@ -94,6 +97,7 @@ class Mesh:
 
     def _groups(self) -> Iterator[Group]:
         yield from (getattr(self, name) for name in _SPANS)
+        yield from self.links.groups.values()
 
 
 # Which axes a group spans; the others are held fixed.
@@ -141,7 +145,15 @@ def make_mesh(config: ParallelConfig) -> Mesh:
                     made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 mine[name] = Group(name, ranks, ranks.index(rank), made[ranks])
-    return Mesh(**mine)
+    ours: dict[Link, Any] = {}
+    for stages in _partition("pp", shape):
+        for link in links_of(len(stages), config.chunks_per_stage):
+            group = link.group(stages, stages[link.source])
+            with named("new_group", group):
+                handle = dist.new_group(list(group.ranks), timeout=timeout)
+            if rank in stages:
+                ours[link] = handle
+    return Mesh(**mine, links=Links.layout(mine["pp"], config.chunks_per_stage, ours))
 
 
 def another_group(group: Group, timeout_seconds: float) -> Group:
