@@ -171,6 +171,19 @@ def test_the_same_call_has_the_same_bits_twice_and_a_sequence_those_that_it_has_
             assert_same_bits(other, one, f"{name} of sequence {s}")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+def test_what_is_wrong_in_one_sequence_stays_there():
+    spec = AttentionSpec(3, 1, 16)
+    qkv, d_out = example(spec, torch.float32, 37)
+    clean = gradients(qkv, d_out, spec, [9, 7, 21], None)
+    qkv[9:16] = float("nan")
+    d_out[9:16] = float("inf")
+    for name, one, other in zip(NAMES, clean, gradients(qkv, d_out, spec, [9, 7, 21], None), strict=False):
+        assert other[9:16].isnan().any()
+        for rows in (slice(0, 9), slice(16, 37)):
+            assert_same_bits(other[rows], one[rows], name)
+
+
 def test_gradients_of_the_norms_add_up():
     spec = AttentionSpec(2, 1, 16)
     norms = norms_of(spec, torch.float32)
