@@ -38,6 +38,7 @@ from engine.kernels.triton.launch import Launch
 
 TARGETS = {"sm_90": 90, "sm_100": 100}
 SHARED_LIMIT = 232448  # bytes of shared memory that a block can have on both targets (227 KiB)
+TENSOR_LIMIT = 512  # columns of tensor memory on sm_100
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Record:
     registers: int = 0
     spills: int = 0
     shared_bytes: int = 0
+    tensor_columns: int = 0
     wgmma: bool = False
     tcgen05: bool = False
     error: str = ""
@@ -84,6 +86,8 @@ class Record:
             return f"spills {self.spills} bytes a thread; smaller tiles or more warps need fewer registers"
         if self.shared_bytes > SHARED_LIMIT:
             return f"wants {self.shared_bytes} bytes of shared memory; a block has {SHARED_LIMIT}: take fewer stages"
+        if self.tensor_columns > TENSOR_LIMIT:
+            return f"wants {self.tensor_columns} columns of tensor memory; there are {TENSOR_LIMIT}: take smaller tiles"
         return ""
 
 
@@ -129,6 +133,7 @@ def compile_job(job: Job) -> Record:
         registers=max(_numbers(r"Used (\d+) registers", report)),
         spills=sum(_numbers(r"(\d+) bytes spill", report)),
         shared_bytes=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         wgmma="wgmma.mma_async" in ptx,
         tcgen05="tcgen05.mma" in ptx,
     )
