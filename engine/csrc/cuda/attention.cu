@@ -1,0 +1,459 @@
+// Paged decode attention: a tile of up to 16 (token, query head) rows that share a key/value head, against that head's
+// keys and values, 64 at a time.
+//
+//            4 warps share the keys of a tile        every warp has every row        4 warps share the columns
+//   q [16, Dh] --- S = q k^T [16, 64], by 16 keys --- softmax over S, in shared --- acc += P V [16, Dh], by Dh / 4
+//                    each, into shared memory           memory, by each warp          columns each, in registers
+//
+// A row of S lies with the same four threads in all warps, so that each warp has the probabilities it multiplies by V
+// in the registers that the matrix instruction wants them in, and nothing but S crosses between warps. Each warp takes
+// the same exponentials: 4 x 16 x 64 of them in a tile are 256 cycles of the special function units.
+//
+// Bytes: a tile of keys and values is 64 x Dh x 2 x 2 bytes, 32 KiB at Dh = 128 in bf16, for 4 x 16 x 64 x Dh
+// operations, 16 a byte: memory is the limit as long as the rest is hidden behind it. An H200 moves 4.3 TB/s, which is
+// 32 KiB per microsecond and multiprocessor; latency under load is near one microsecond, so 32 KiB have to be under
+// way at all times. Three stages of keys and values at Dh = 128 are 102 KiB of shared memory, two blocks share a
+// multiprocessor, and 64 KiB or more are under way while a tile is computed; at Dh = 256 it is one block of two stages
+// (132 KiB). Both blocks together have two microseconds a tile, 3,500 cycles, for what takes about 1,200 in one: 32
+// matrix instructions a warp, the exponentials and two barriers. Beside the keys and values a batch moves its queries
+// and outputs, 1 / context of that, and partial results: 4 (Dh + 2) bytes a row and split of 512 keys, 3% of a split's
+// bytes at 8 rows a head. So 85% of the bandwidth is what this should reach. No GPU has run it yet.
+//
+// Arithmetic: that of engine/kernels/triton/attention.py, operation by operation. Products and sums are contracted
+// nowhere but where the source says so (-fmad=false).
+#include "attention.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace caduceus {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kRows = 16;         // of a tile: the height of the matrix instruction
+constexpr int kKeys = 64;         // of a tile
+constexpr int kSplit = 512;       // keys summed on their own before they are folded into what came before
+constexpr int kItem = 8;          // numbers of an item
+constexpr int kScores = kKeys + 8;  // floats from one row of S to the next: 8 more keep its rows in different banks
+constexpr int kMaxDevices = 64;
+
+template <class T, class Page, int DIM>
+struct Shape {
+  static constexpr bool kConverts = sizeof(Page) != sizeof(T);  // pages are e4m3: tiles are widened in shared memory
+  static constexpr int kStages = DIM > 128 ? 2 : 3;
+  // 16 bytes more than a row needs: 8 rows at a distance of an odd number of 16-byte units lie in different banks.
+  static constexpr int kPageStride = DIM + 16 / int(sizeof(Page));
+  static constexpr int kStride = DIM + 8;
+  static constexpr int kStageBytes = kKeys * kPageStride * int(sizeof(Page));
+  static constexpr int kWideBytes = kConverts ? kKeys * kStride * int(sizeof(T)) : 0;
+  static constexpr int kBytes = 2 * kStages * kStageBytes + 2 * kWideBytes + kRows * kScores * 4;
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes to shared memory past the first-level cache; zeros where there is nothing to read.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+
+// c [16, 8] += a [16, 16] b [16, 8]
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Four e4m3 values in the model's dtype; both dtypes hold all of them exactly.
+template <class T>
+__device__ __forceinline__ uint2 widened(uint32_t four) {
+  uint32_t pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(four >> (16 * i)), __NV_E4M3);
+    const float2 wide = __half22float2(__half2(raw));
+    pairs[i] = rounded_pair(wide.x, wide.y, T());
+  }
+  return {pairs[0], pairs[1]};
+}
+
+// The largest or the sum over the four threads that share a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x = x + __shfl_xor_sync(~0u, x, 2);
+  return x + __shfl_xor_sync(~0u, x, 1);
+}
+
+// A row's softmax so far: exponentials are of (score - largest), and acc is their product with V.
+template <int TILES>
+struct Part {
+  float largest[2], sum[2], acc[TILES][4];  // rows g and g + 8; acc[i] are columns 8 i + 2 q and one more, twice
+
+  __device__ __forceinline__ void clear() {
+    for (int half = 0; half < 2; ++half) largest[half] = -INFINITY, sum[half] = 0.f;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+      for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
+  }
+
+  // This part, and then `next`, whose keys come after.
+  __device__ __forceinline__ void fold(const Part& next) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float both = fmaxf(largest[half], next.largest[half]);
+      const float base = both == -INFINITY ? 0.f : both;
+      const float mine = exp2_approximate(largest[half] - base), theirs = exp2_approximate(next.largest[half] - base);
+      largest[half] = both;
+      sum[half] = sum[half] * mine + next.sum[half] * theirs;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+        for (int j = 2 * half; j < 2 * half + 2; ++j) acc[i][j] = acc[i][j] * mine + next.acc[i][j] * theirs;
+    }
+  }
+};
+
+template <class T, class Page, int DIM>
+__global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const AttentionDecode a) {
+  using S = Shape<T, Page, DIM>;
+  constexpr int kSteps = DIM / 16;                   // matrix instructions along the head width
+  constexpr int kTiles = DIM / 8 / kWarps;           // of 8 columns, in a warp's share of the output
+  constexpr int kChunks = DIM * int(sizeof(Page)) / 16;  // 16-byte pieces of a row of a page
+  constexpr int kPasses = kKeys / 32;                // four threads copy a row: 32 rows at a time
+  extern __shared__ __align__(128) char memory[];
+  char* const key_stages = memory;
+  char* const value_stages = key_stages + S::kStages * S::kStageBytes;
+  char* const wide = value_stages + S::kStages * S::kStageBytes;
+  float* const scores = reinterpret_cast<float*>(wide + 2 * S::kWideBytes);
+
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
+  const int group = int(a.num_heads / a.num_kv_heads), page_size = int(a.page_size), window = int(a.window);
+  const int num_kv_heads = int(a.num_kv_heads);
+  const int work = *a.num_items * num_kv_heads;
+
+  for (int number = blockIdx.x; number < work; number += gridDim.x) {
+    const int head = number % num_kv_heads;
+    const int* const item = a.items + int64_t(number / num_kv_heads) * kItem;
+    const int first_row = item[0], num_rows = item[1], key_begin = item[3], key_end = item[4];
+    const int seen_begin = item[5], seen_end = item[6], partial = item[7];
+    const int* const table = a.tables + item[2];
+    const int num_tiles = (key_end - key_begin + kKeys - 1) / kKeys;
+
+    // ---- rows g and g + 8 of this thread: where they are, and which keys they see ----
+    int token[2], query_head[2], low[2], high[2];
+    bool there[2];
+    uint32_t queries[kSteps][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = g + 8 * half;
+      there[half] = row < num_rows;
+      token[half] = there[half] ? (first_row + row) / group : 0;
+      query_head[half] = there[half] ? head * group + (first_row + row) % group : 0;
+      high[half] = there[half] ? a.last_keys[token[half]] + 1 : 0;
+      low[half] = window ? high[half] - window : 0;
+      const T* const from =
+          static_cast<const T*>(a.q) + (int64_t(token[half]) * a.num_heads + query_head[half]) * DIM + 2 * q;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+        for (int k = 0; k < 2; ++k)
+          queries[step][half + 2 * k] =
+              there[half] ? *reinterpret_cast<const uint32_t*>(from + 16 * step + 8 * k) : 0u;
+    }
+
+    // ---- copies: this thread's rows of a tile are thread / 4 and 32 more ----
+    int pages[kPasses];       // of the tile of keys that is copied next
+    int64_t places[kPasses];  // elements from the start of the pages, of the tile of values that is copied next
+    bool has[kPasses];
+    const auto look_up = [&](int tile) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int key = key_begin + tile * kKeys + thread / 4 + 32 * pass;
+        pages[pass] = key < key_end ? table[key / page_size] : -1;
+      }
+    };
+    const auto copy = [&](char* stage, const void* from) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        Page* const to = reinterpret_cast<Page*>(stage) + (thread / 4 + 32 * pass) * S::kPageStride;
+        const Page* const source = static_cast<const Page*>(from) + places[pass];
+#pragma unroll
+        for (int i = 0; i < (kChunks + 3) / 4; ++i) {
+          const int chunk = 4 * i + thread % 4;
+          if (kChunks % 4 == 0 || chunk < kChunks)
+            copy_async(to + chunk * (16 / sizeof(Page)), source + chunk * (16 / sizeof(Page)), has[pass]);
+        }
+      }
+      commit();
+    };
+    const auto copy_keys = [&](int tile) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int key = key_begin + tile * kKeys + thread / 4 + 32 * pass;
+        has[pass] = pages[pass] >= 0;
+        const int64_t slot = (int64_t(has[pass] ? pages[pass] : 0) * num_kv_heads + head) * page_size + key % page_size;
+        places[pass] = has[pass] ? slot * DIM : 0;
+      }
+      copy(key_stages + tile % S::kStages * S::kStageBytes, a.keys);
+      look_up(tile + 1);
+    };
+    const auto copy_values = [&](int tile) {  // of the tile whose keys were copied last
+      copy(value_stages + tile % S::kStages * S::kStageBytes, a.values);
+    };
+
+    Part<kTiles> whole, part;
+    whole.clear();
+    part.clear();
+    __syncthreads();  // the item before has been computed
+    look_up(0);
+    copy_keys(0);
+#pragma unroll
+    for (int tile = 0; tile < S::kStages - 1; ++tile) {
+      copy_values(tile);
+      copy_keys(tile + 1);
+    }
+
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const int first_key = key_begin + tile * kKeys;
+      const T* key_tile = reinterpret_cast<const T*>(key_stages + tile % S::kStages * S::kStageBytes);
+      const T* value_tile = reinterpret_cast<const T*>(value_stages + tile % S::kStages * S::kStageBytes);
+      if constexpr (S::kConverts) {
+        wait_for_all_but<2 * S::kStages - 3>();
+        __syncthreads();
+        for (int i = thread; i < 2 * kKeys * DIM / 16; i += kThreads) {
+          const int which = i / (kKeys * DIM / 16), row = i / (DIM / 16) % kKeys, column = i % (DIM / 16) * 16;
+          const char* const stage = (which ? value_stages : key_stages) + tile % S::kStages * S::kStageBytes;
+          const uint4 from = *reinterpret_cast<const uint4*>(stage + row * S::kPageStride + column);
+          uint2 to[4] = {widened<T>(from.x), widened<T>(from.y), widened<T>(from.z), widened<T>(from.w)};
+          uint4* const place = reinterpret_cast<uint4*>(
+              reinterpret_cast<T*>(wide + which * S::kWideBytes) + row * S::kStride + column);
+          place[0] = {to[0].x, to[0].y, to[1].x, to[1].y};
+          place[1] = {to[2].x, to[2].y, to[3].x, to[3].y};
+        }
+        key_tile = reinterpret_cast<const T*>(wide);
+        value_tile = reinterpret_cast<const T*>(wide + S::kWideBytes);
+      } else {
+        wait_for_all_but<2 * S::kStages - 2>();
+      }
+      __syncthreads();
+
+      // ---- S, 16 keys of it: two instructions wide ----
+      float c[2][4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t b[4];
+        load_matrices(b, key_tile + (warp * 16 + lane / 16 * 8 + lane % 8) * S::kStride + step * 16 + lane / 8 % 2 * 8);
+        multiply(c[0], queries[step], b[0], b[1], T());
+        multiply(c[1], queries[step], b[2], b[3], T());
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<float2*>(scores + (g + 8 * half) * kScores + warp * 16 + i * 8 + 2 * q) =
+              make_float2(c[i][2 * half], c[i][2 * half + 1]);
+
+      if constexpr (!S::kConverts) wait_for_all_but<2 * S::kStages - 3>();
+      __syncthreads();
+      copy_values(tile + S::kStages - 1);  // in the place of the tile before, which all have multiplied by
+      copy_keys(tile + S::kStages);        // in the place of this one
+
+      // ---- softmax ----
+      const bool all_seen = first_key >= seen_begin && first_key + kKeys <= seen_end;
+      uint32_t probabilities[kKeys / 16][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float s[kKeys / 8][2];
+        float largest = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+          const float2 pair = *reinterpret_cast<const float2*>(scores + (g + 8 * half) * kScores + 8 * j + 2 * q);
+          const int key = first_key + 8 * j + 2 * q;
+          s[j][0] = pair.x * a.scale;
+          s[j][1] = pair.y * a.scale;
+          if (!all_seen)
+            for (int k = 0; k < 2; ++k)
+              if (key + k < low[half] || key + k >= high[half]) s[j][k] = -INFINITY;
+          largest = fmaxf(largest, fmaxf(s[j][0], s[j][1]));
+        }
+        largest = fmaxf(part.largest[half], row_max(largest));
+        const float base = largest == -INFINITY ? 0.f : largest;
+        const float rescale = exp2_approximate(part.largest[half] - base);
+        float sum = 0.f;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+          const float p0 = exp2_approximate(s[j][0] - base), p1 = exp2_approximate(s[j][1] - base);
+          sum = sum + p0;
+          sum = sum + p1;
+          probabilities[j / 2][half + 2 * (j % 2)] = rounded_pair(p0, p1, T());
+        }
+        part.largest[half] = largest;
+        part.sum[half] = part.sum[half] * rescale + row_sum(sum);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+          for (int j = 2 * half; j < 2 * half + 2; ++j) part.acc[i][j] = part.acc[i][j] * rescale;
+      }
+
+      // ---- acc += P V, this warp's columns ----
+#pragma unroll
+      for (int step = 0; step < kKeys / 16; ++step) {
+#pragma unroll
+        for (int i = 0; i < kTiles; i += 2) {
+          uint32_t b[4];
+          // Two tiles of 8 columns at once; where the number of tiles is odd, the last is read twice.
+          const int next = i + 1 < kTiles ? lane / 16 : 0;
+          load_transposed(b, value_tile + (step * 16 + lane % 16) * S::kStride + (warp * kTiles + i + next) * 8);
+          multiply(part.acc[i], probabilities[step], b[0], b[1], T());
+          if (i + 1 < kTiles) multiply(part.acc[i + 1], probabilities[step], b[2], b[3], T());
+        }
+      }
+      if ((first_key + kKeys) % kSplit == 0 && tile + 1 < num_tiles) {
+        whole.fold(part);
+        part.clear();
+      }
+    }
+    wait_for_all_but<0>();
+
+    // ---- a split goes to memory as it is, the whole is folded and divided ----
+    if (partial < 0) whole.fold(part);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!there[half]) continue;
+      const int column = warp * kTiles * 8 + 2 * q;
+      if (partial >= 0) {
+        const int64_t place = int64_t(partial + token[half] - first_row / group) * a.num_heads + query_head[half];
+        for (int i = 0; i < kTiles; ++i)
+          *reinterpret_cast<float2*>(a.partial_out + place * DIM + column + 8 * i) =
+              make_float2(part.acc[i][2 * half], part.acc[i][2 * half + 1]);
+        if (warp == 0 && q == 0)
+          *reinterpret_cast<float2*>(a.partial_stats + place * 2) = make_float2(part.largest[half], part.sum[half]);
+        continue;
+      }
+      const int64_t place = int64_t(token[half]) * a.num_heads + query_head[half];
+      for (int i = 0; i < kTiles; ++i)
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + place * DIM + column + 8 * i) = rounded_pair(
+            whole.acc[i][2 * half] / whole.sum[half], whole.acc[i][2 * half + 1] / whole.sum[half], T());
+      if (a.lse != nullptr && warp == 0 && q == 0) a.lse[place] = whole.largest[half] + log2f(whole.sum[half]);
+    }
+  }
+}
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("attention_decode: ") + what + ": " + cudaGetErrorString(status));
+}
+
+template <class T, class Page, int DIM>
+void launch(const AttentionDecode& arguments, cudaStream_t stream) {
+  using S = Shape<T, Page, DIM>;
+  static std::atomic<int> blocks[kMaxDevices];  // of a launch that fills the device; 0 where nobody has asked
+  int device = 0;
+  check(cudaGetDevice(&device), "no device");
+  if (device >= kMaxDevices) throw std::runtime_error("attention_decode: more devices than it counts");
+  int count = blocks[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    int multiprocessors = 0, resident = 0;
+    check(cudaFuncSetAttribute(decode<T, Page, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes),
+          "shared memory");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, decode<T, Page, DIM>, kThreads, S::kBytes),
+          "occupancy");
+    count = multiprocessors * (resident > 0 ? resident : 1);
+    blocks[device].store(count, std::memory_order_relaxed);
+  }
+  decode<T, Page, DIM><<<count, kThreads, S::kBytes, stream>>>(arguments);
+  check(cudaGetLastError(), "launch");
+}
+
+template <class T, class Page>
+void by_width(const AttentionDecode& arguments, cudaStream_t stream) {
+  switch (arguments.head_dim) {
+    case 64: return launch<T, Page, 64>(arguments, stream);
+    case 96: return launch<T, Page, 96>(arguments, stream);
+    case 128: return launch<T, Page, 128>(arguments, stream);
+    case 256: return launch<T, Page, 256>(arguments, stream);
+  }
+}
+
+void refuse(const std::string& what) { throw std::invalid_argument("attention_decode: " + what); }
+
+void check_arguments(const AttentionDecode& a) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  if (a.type != CudaType::kBFloat16 && a.type != CudaType::kFloat16)
+    refuse("queries are of type " + number(int(a.type)) + "; it takes bfloat16 (1) and float16 (2)");
+  if (a.page_type != a.type && a.page_type != CudaType::kE4M3)
+    refuse("pages are of type " + number(int(a.page_type)) + "; they have the queries' type or are e4m3 (3)");
+  if (a.head_dim != 64 && a.head_dim != 96 && a.head_dim != 128 && a.head_dim != 256)
+    refuse("head_dim is " + number(a.head_dim) + "; it takes 64, 96, 128 and 256");
+  if (a.num_kv_heads < 1 || a.num_heads < 1 || a.num_heads % a.num_kv_heads != 0)
+    refuse("num_heads is " + number(a.num_heads) + "; it must be a multiple of num_kv_heads (" +
+           number(a.num_kv_heads) + ")");
+  if (a.page_size < 16 || a.page_size % 16 != 0)
+    refuse("page_size is " + number(a.page_size) + "; it must be a multiple of 16");
+  if (a.window < 0) refuse("window is " + number(a.window) + "; it must be at least 1, or 0 for none");
+  if (!(a.scale > 0)) refuse("scale is " + std::to_string(a.scale) + "; it must be positive");
+  for (const void* address : {a.q, a.keys, a.values, static_cast<const void*>(a.out)})
+    if (address == nullptr || reinterpret_cast<uintptr_t>(address) % 16 != 0)
+      refuse("queries, pages and output must be given and begin at multiples of 16 bytes");
+  for (const void* address : {a.items, a.num_items, a.tables, a.last_keys})
+    if (address == nullptr) refuse("the plan's lists must be given");
+}
+
+}  // namespace
+
+void attention_decode(const AttentionDecode& arguments, void* stream) {
+  check_arguments(arguments);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const bool narrow = arguments.page_type == CudaType::kE4M3;
+  if (arguments.type == CudaType::kBFloat16)
+    narrow ? by_width<__nv_bfloat16, __nv_fp8_storage_t>(arguments, on)
+           : by_width<__nv_bfloat16, __nv_bfloat16>(arguments, on);
+  else
+    narrow ? by_width<__half, __nv_fp8_storage_t>(arguments, on) : by_width<__half, __half>(arguments, on);
+}
+
+}  // namespace caduceus
