@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES
+from engine.kernels.linear import linear
 from engine.kernels.op import OPS, use_backend
+from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.swiglu import swiglu
 from engine.kernels.triton.launch import Launch, collecting
+from engine.kernels.weight import Weight
 
 WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
 TOKENS = 512
@@ -55,6 +58,34 @@ def _swiglu(dtype: torch.dtype) -> None:
     _grads(swiglu(gate_up), gate_up)
 
 
+def _matrix(dtype: torch.dtype, rows: int = WIDTH, columns: int = WIDTH) -> Weight:
+    return Weight("matrix", (rows, columns), dtype, packed=True)
+
+
+def _vector(dtype: torch.dtype, size: int = WIDTH) -> Weight:
+    return Weight("vector", (size,), dtype, packed=False)
+
+
+def _linear(dtype: torch.dtype) -> None:
+    """Training, a prompt, a decode step, and the head's float32 logits."""
+    weight, bias = _matrix(dtype), _vector(dtype)
+    x = torch.empty(8 * TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    _grads(linear(x, weight, bias), x)
+    for rows in (TOKENS, 32, 1):
+        linear(x[:rows].detach(), weight)
+    linear(x[:TOKENS].detach(), _matrix(dtype, VOCABULARY), out_dtype=torch.float32)
+
+
+def _rms_norm(dtype: torch.dtype) -> None:
+    x = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    weight = _vector(dtype)
+    rms_norm(x.detach(), weight, 1e-5)
+    total, out = add_rms_norm(x, torch.empty_like(x), weight, 1e-5)
+    torch.autograd.backward([total, out], [torch.empty_like(total), torch.empty_like(out)])
+
+
 RUN: dict[str, Callable[[torch.dtype], None]] = {
+    "linear": _linear,
+    "rms_norm": _rms_norm,
     "swiglu": _swiglu,
 }

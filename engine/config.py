@@ -87,7 +87,8 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_grad_norm: float = 1.0  # 0: no clipping
 
 
-DTYPES = ("bfloat16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
 
@@ -145,9 +146,13 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the engine runs.
 
-    `dtype` is "bfloat16", "float32", or "float64", which is slow: no kernel computes in it, only the torch definitions.
-    It is there to check gradients (optimizer state and trained log-probabilities are float64 too; tokens are drawn from
-    logits rounded to float32, and `Completion.logprobs` are those), and it is not exact.
+    `device` is "cuda", "cpu", or "auto": a GPU where there is one, else the CPU. Under torchrun each rank takes the GPU
+    of its number on its machine (LOCAL_RANK).
+
+    `dtype` is "bfloat16", "float32", "float16" (where kernels compute in it: on a GPU), or "float64", which is slow: no
+    kernel computes in it, only the torch definitions, on the CPU. It is there to check gradients (optimizer state and
+    trained log-probabilities are float64 too; tokens are drawn from logits rounded to float32, and
+    `Completion.logprobs` are those), and it is not exact.
 
     `kv_tokens` is the size of the KV pool in tokens; `page_size` a multiple of 16; `max_batch_tokens` the most tokens
     of one sampling step (prompts longer than it are prefilled in chunks); `max_seqs` the most sequences of one step;
@@ -171,8 +176,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f'EngineConfig.dtype is "{self.dtype}"; the engine offers {", ".join(DTYPES)}')
-        if self.device not in ("auto", "cpu"):
-            raise ConfigError(f'EngineConfig.device is "{self.device}"; this build runs on "cpu" (or "auto")')
+        if self.device not in DEVICES:
+            raise ConfigError(
+                f'EngineConfig.device is "{self.device}"{nearest(self.device, list(DEVICES))}; there are '
+                f"{', '.join(DEVICES)}, and which GPU a rank takes is its LOCAL_RANK or CUDA_VISIBLE_DEVICES"
+            )
         if self.page_size < 16 or self.page_size % 16:
             raise ConfigError(f"EngineConfig.page_size is {self.page_size}; it must be a multiple of 16")
         for name in ("kv_tokens", "max_batch_tokens", "max_seqs", "train_batch_tokens"):

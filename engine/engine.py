@@ -14,12 +14,13 @@ from engine.atomic import recover
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CapacityError, EngineError, InputError
+from engine.kernels.device import choose_device
 from engine.kernels.dtypes import MODEL_DTYPES
-from engine.kernels.op import cpu_missing, extension
+from engine.kernels.op import cpu_missing, extension, triton_missing
 from engine.log import logger
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
-from engine.parallel.launch import ranks_on_this_machine
+from engine.parallel.launch import local_rank, ranks_on_this_machine
 from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.ranks import Ranks
 from engine.parallel.shards import Placement
@@ -47,8 +48,8 @@ class Engine:
         self.mesh = model.mesh
         if not cpu_missing():
             _set_threads(config.threads)
-        if cpu_missing():
-            logger.warning("%s: the engine runs on plain torch, slowly and not exactly", cpu_missing())
+        if missing := cpu_missing() if model.device.type == "cpu" else triton_missing():
+            logger.warning("%s: the engine runs on plain torch, slowly and not exactly", missing)
         self.model = model
         self.config = config
         self.tokenizer = tokenizer
@@ -70,7 +71,7 @@ class Engine:
         config = config or EngineConfig()
         placement = _placement(config, mesh)
         with together(placement.mesh.world):
-            model = Transformer(read_config(path), MODEL_DTYPES[config.dtype], placement)
+            model = _model(read_config(path), config, placement)
             has_tokenizer = (Path(path) / "tokenizer.json").exists()
             tokenizer = Tokenizer.from_pretrained(path) if has_tokenizer else None
         load_weights(path, model)
@@ -89,7 +90,7 @@ class Engine:
         config = config or EngineConfig()
         placement = _placement(config, mesh)
         with together(placement.mesh.world):
-            model = Transformer(model_config, MODEL_DTYPES[config.dtype], placement)
+            model = _model(model_config, config, placement)
         model.initialize(seed)
         return cls(model, config, tokenizer)
 
@@ -304,6 +305,12 @@ def _placement(config: EngineConfig, mesh: Mesh | None) -> Placement:
     parallel = config.parallel
     mesh = mesh or make_mesh(parallel)
     return Placement(mesh, parallel.chunks_per_stage, parallel.sequence_parallel and mesh.tp.size > 1)
+
+
+def _model(model_config: ModelConfig, config: EngineConfig, placement: Placement) -> Transformer:
+    dtype = MODEL_DTYPES[config.dtype]
+    with choose_device(config.device, dtype, local_rank()):
+        return Transformer(model_config, dtype, placement)
 
 
 def _set_threads(threads: int) -> None:

@@ -52,15 +52,18 @@ class Chunk:
 
 
 class Transformer:
-    """A decoder-only transformer, or the part of it that a rank holds. Weights are made uninitialised: `initialize` or
-    a checkpoint fills them."""
+    """A decoder-only transformer, or the part of it that a rank holds, on the device that is torch's default while it
+    is made (`with torch.device(...)`). Weights are made uninitialised: `initialize` or a checkpoint fills them."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, placement: Placement | None = None) -> None:
         self.placement = placement = placement or Placement()
         mesh = placement.mesh
         row = architecture_of(config)
         positions = config.max_position_embeddings
-        rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, positions, wide_dtype(dtype))
+        self.device = torch.get_default_device()
+        with torch.device("meta" if self.device.type == "meta" else "cpu"):  # the same bits on every real device
+            rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, positions, wide_dtype(dtype))
+        rope = rope.to(self.device)
         self.config = config
         self.dtype = dtype
         self.mesh = mesh
@@ -99,9 +102,10 @@ class Transformer:
 
     @property
     def recordable(self) -> bool:
-        """Whether a graph can record the forward: none of its ops runs the torch definition."""
+        """Whether a graph can record the forward: C++ kernels run all of its ops on a CPU, or kernels on a GPU do."""
         ops = ("embedding", "rms_norm", "linear", "attention", "swiglu")
-        return all(OPS[name].chosen(self.dtype).name != "torch" for name in ops)
+        serving = {OPS[name].chosen(self.dtype, self.device.type).name for name in ops}
+        return serving == {"cpu"} if self.device.type == "cpu" else "torch" not in serving
 
     def forward(self, batch: TokenBatch, stream: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after the last norm, [T, D], all rows on every tensor-parallel rank.
@@ -237,7 +241,7 @@ def _sum(x: Tensor, delta: Tensor) -> Tensor:
     replay."""
     if x.requires_grad or delta.requires_grad:
         return x + delta
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     left, right, target = unowned(x), unowned(delta), unowned(out)
     host_call(lambda rows: torch.add(left[:rows], right[:rows], out=target[:rows]), x.shape[0])
     return out

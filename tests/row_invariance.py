@@ -55,7 +55,7 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor) -> None:
 
     for before, after in ((1, 0), (0, 1), (7, 30), (64, 3)):
         for fill in (0, 100):
-            front = torch.full((before, *rows.shape[1:]), fill, dtype=rows.dtype)
-            back = torch.full((after, *rows.shape[1:]), fill, dtype=rows.dtype)
+            front = torch.full((before, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)
+            back = torch.full((after, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)
             padded = op(torch.cat([front, rows, back]))[before : before + num_rows]
             assert_same_bits(padded, whole, f"{before} rows of {fill} before and {after} after")

@@ -16,10 +16,17 @@ def dtype_code(dtype: torch.dtype) -> int:
     return DTYPES[dtype]
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` itself, if it is contiguous, on the CPU and of this shape (None: any size) and dtype.
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """`tensor` itself, if it is contiguous, of this shape (None: any size) and dtype, and on `device`.
 
-    Raises InputError, which names what differs.
+    An op is chosen by the device of its first tensor; the others are checked to be on the same one. Raises InputError,
+    which names what differs.
     """
     sizes = tuple(tensor.shape)
     if len(sizes) != len(shape) or any(
@@ -31,11 +38,17 @@ def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch
         raise InputError(f"{name} is {tensor.dtype}; it must be {dtype}")
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()")
-    if tensor.device.type != "cpu":
-        raise InputError(f"{name} is on {tensor.device}; this kernel runs on the cpu: pass {name}.cpu()")
+    if device is not None and tensor.device != device:
+        raise InputError(
+            f"{name} is on {tensor.device}; the call's first tensor is on {device}: pass {name}.to({str(device)!r})"
+        )
     return tensor
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the elements lie; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the elements lie, for a C++ kernel; 0 for None. Raises InputError for a tensor of another device."""
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise InputError(f"a C++ kernel got a tensor on {tensor.device}; all that it reads lies on the cpu: use .cpu()")
+    return tensor.data_ptr()

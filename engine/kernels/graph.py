@@ -71,9 +71,10 @@ def host_call(function: Callable[[int], object], rows: int) -> None:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised tensor: while a graph records, one whose memory stays valid for every replay; a big one outside
-    of graphs, memory that an earlier tensor had."""
-    if _recording is not None:
-        return _recording.pool.take(shape, dtype)
-    if torch.device(device).type == "cpu" and num_bytes(shape, dtype) >= POOLED_BYTES:
-        return _shared.take(shape, dtype)
+    of graphs, memory that an earlier tensor had. On a GPU torch's own allocator does both."""
+    if device == "cpu" or torch.device(device).type == "cpu":
+        if _recording is not None:
+            return _recording.pool.take(shape, dtype)
+        if num_bytes(shape, dtype) >= POOLED_BYTES:
+            return _shared.take(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)

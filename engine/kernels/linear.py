@@ -1,4 +1,4 @@
-"""y = x W^T + b on packed weights, and its three gradients.
+"""y = x W^T + b, and its three gradients. The C++ kernels read packed weights, the others dense ones.
 
 # T tokens, N columns of the output, K width of the input
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.kernels.dtypes import wide, wide_dtype
+from engine.kernels.dtypes import TRITON_DTYPES, wide, wide_dtype
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import DTYPES, Weight
 
 
@@ -229,6 +229,7 @@ OP = Op(
             },
             DTYPES,
         ),
+        triton_backend("linear", "forward", "grad_input", "grad_weight_", "grad_bias_", dtypes=TRITON_DTYPES),
         Backend(
             "torch",
             {

@@ -1,4 +1,5 @@
-"""Memory of the CPU kernels: huge pages where it pays, and blocks that are used again instead of given back.
+"""Memory of tensors that live long, on any device; on a CPU, huge pages where it pays, and blocks that are used again
+instead of given back.
 
 A fresh page costs a fault and a zeroing by the kernel, and 4 KiB pages a TLB miss each 64 lines: together a tenth of
 a training step. numpy asks Linux for 2 MiB pages for arrays of 4 MiB and more, so big buffers are numpy's.
@@ -14,23 +15,33 @@ from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, a 512-bit register, a row of a matrix tile
 POOLED_BYTES = 1 << 18  # smaller buffers are malloc's own business
+_CPU = torch.device("cpu")
 
 
-def allocate(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes], aligned to 64 bytes; reads as zeros, and takes physical memory only where it is touched.
-
-    Under `with torch.device("meta")` it has a size but no memory at all: a model of any size can be laid out.
+def allocate(num_bytes: int, device: torch.device | None = None) -> Tensor:
+    """uint8 [num_bytes] on `device` (None: torch's default one, that of the `with torch.device(...)` around), aligned
+    to 64 bytes; reads as zeros. On a CPU it takes physical memory only where it is touched; on "meta" it has a size but
+    no memory at all: a model of any size can be laid out.
     """
-    if torch.get_default_device().type == "meta":
-        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+    device = device or torch.get_default_device()
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     raw = torch.from_numpy(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))
     start = -raw.data_ptr() % ALIGNMENT
     return raw[start : start + num_bytes]
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that are not touched before they are used."""
-    return shaped(allocate(num_bytes(shape, dtype)), shape, dtype)
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Zeros on `device` (None: torch's default one), on a CPU not touched before they are used."""
+    return shaped(allocate(num_bytes(shape, dtype), device), shape, dtype)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`: itself where that is the CPU, else a copy that the host does not wait for, by way of
+    page-locked memory, which torch keeps until the copy is over."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -47,15 +58,18 @@ def shaped(block: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def unowned(tensor: Tensor) -> Tensor:
     """A contiguous tensor's memory without a reference to it: for a recorded call, whose graph keeps the pool that the
-    block came from but lets others use it when the recording is past it."""
+    block came from but lets others use it when the recording is past it. Only recordings of a CPU have such calls:
+    elsewhere it is the tensor itself."""
+    if tensor.device.type != "cpu":
+        return tensor
     size = tensor.numel() * tensor.element_size()
     raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
     return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
 
 
 class Pool:
-    """Blocks by size. A block is free when no tensor but the pool's own refers to its storage, so a tensor taken from a
-    pool needs no giving back, and views of it keep it."""
+    """Blocks on the CPU, by size. A block is free when no tensor but the pool's own refers to its storage, so a tensor
+    taken from a pool needs no giving back, and views of it keep it."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, list[tuple[Tensor, int]]] = {}
@@ -67,7 +81,7 @@ class Pool:
         for block, idle_references in blocks:
             if _references(block) == idle_references:
                 return shaped(block, shape, dtype)
-        block = allocate(size)
+        block = allocate(size, _CPU)
         blocks.append((block, _references(block)))
         return shaped(block, shape, dtype)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.kernels.checks import address, check, dtype_code
-from engine.kernels.dtypes import KERNEL_DTYPES, wide
+from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES, wide
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import Weight
 
 
@@ -40,7 +40,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Weight, eps: float) ->
     """
     _check(x, weight)
     if delta is not None:
-        check("delta", delta, tuple(x.shape), x.dtype)
+        check("delta", delta, tuple(x.shape), x.dtype, x.device)
     if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
         return _AddRMSNorm.apply(x, delta, weight, eps)
     return RMS_NORM["forward", x](x, delta, weight.data, eps, False)[:2]
@@ -55,7 +55,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _check(x: Tensor, weight: Weight) -> None:
     check("x", x, (None, None))
-    check("weight", weight.data, (x.shape[1],), x.dtype)
+    check("weight", weight.data, (x.shape[1],), x.dtype, x.device)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -136,6 +136,7 @@ RMS_NORM = Op(
     "rms_norm",
     [
         cpu_backend({"forward": _forward_cpu, "backward": _backward_cpu}, KERNEL_DTYPES),
+        triton_backend("rms_norm", "forward", "backward", dtypes=TRITON_DTYPES),
         # torch shares one row's sum among threads when there are few rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],

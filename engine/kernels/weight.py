@@ -22,7 +22,8 @@ class Weight:
 
     A packed matrix lies in panels of 16 rows: fp32 [ceil(N/16), K, 16], bf16 [ceil(N/16), ceil(K/2), 16, 2], where
     rows past N and the column past an odd K are zero. Anything else is dense, and so is every weight in float64 or
-    for other kernels than the C++ ones (`packed` is then False whatever was asked for). `grad` is fp32 (float64 for a
+    for other kernels than the C++ ones (`packed` is then False whatever was asked for). It lies on the device that is
+    torch's default when it is made, and its gradient with it. `grad` is fp32 (float64 for a
     float64 weight) and dense, or None before the first gradient; kernels add to it in place. `decay` says whether the
     optimizer's weight decay applies.
 
@@ -57,7 +58,8 @@ class Weight:
     def load_(self, dense: Tensor, row: int = 0) -> None:
         """Writes rows [row, row + len(dense)) in place, rounding to the nearest value of `dtype` (ties to even).
 
-        `dense` is [rows, K], or [rows] for a vector, of any floating dtype. Raises InputError when it does not fit.
+        `dense` is [rows, K], or [rows] for a vector, of any floating dtype, on the CPU or the weight's device. Raises
+        InputError when it does not fit.
         """
         if not dense.is_floating_point():
             raise InputError(f"weight {self.name} cannot be loaded from {dense.dtype}; give a floating dtype")
@@ -77,7 +79,8 @@ class Weight:
             )  # fmt: skip
 
     def dense(self, row: int = 0, rows: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of rows [row, row + rows) (to the end by default) as [rows, K] or [rows], in `dtype` or the weight's.
+        """A copy of rows [row, row + rows) (to the end by default) as [rows, K] or [rows], in `dtype` or the weight's,
+        on the weight's device.
 
         Raises InputError when the rows are not there.
         """
@@ -119,7 +122,7 @@ class Weight:
             whole, row = self._grad_source
             self.grad = whole.grad_buffer()[row : row + self.shape[0]]
         if self.grad is None:
-            self.grad = zeros(self.shape, wide_dtype(self.dtype))
+            self.grad = zeros(self.shape, wide_dtype(self.dtype), self.data.device)
         return self.grad
 
     def zero_grad(self) -> None:

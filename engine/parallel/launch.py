@@ -9,6 +9,7 @@ import time
 from datetime import timedelta
 
 import msgspec
+import torch
 import torch.distributed as dist
 
 from engine.config import ParallelConfig
@@ -45,6 +46,11 @@ def ranks_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
 
 
+def local_rank() -> int:
+    """The number of this rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_torchelastic_launched() else 0
+
+
 def times_restarted() -> int:
     """How often torchrun has started the ranks again, after a rank died or machines came or went (`--max-restarts`,
     `--nnodes=1:4`); the same number on every rank. Above 0 a run goes on from its last saved state instead of from the
@@ -72,7 +78,7 @@ def connect(timeout: timedelta) -> None:
         keeper = f"torchrun's agent on {os.environ['MASTER_ADDR']}" if agent else str(processes[0])
         dog = watch(dist.PrefixStore("watchdog", _own_connection(store)), processes, rank, keeper)
         with named("connecting", Group("world", tuple(range(size)), rank)):
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
         raise ParallelError(f"the ranks cannot connect ({error}); look at torchrun's rendezvous") from error
     dog.world = dist.group.WORLD
@@ -147,6 +153,11 @@ def _watch_connected() -> None:
 def _own_connection(store: dist.Store) -> dist.Store:
     """One that another thread may use while this one waits for an answer."""
     return store.clone()  # type: ignore[attr-defined]
+
+
+def _backend() -> str:
+    """gloo for what lies on the CPU, all messages that are no tensors included, and NCCL for what lies on a GPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
 def _leave() -> None:

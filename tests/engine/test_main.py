@@ -69,5 +69,5 @@ def test_ops_for_float64_says_why_no_kernel_runs(capsys, monkeypatch):
     monkeypatch.setattr(cli.console, "width", 200)
     assert run("ops", "--dtype", "float64") == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert ["attention", "cpu", "", "yes", "it computes in float32 and bfloat16, not in float64"] in rows
-    assert ["attention", "torch", "yes", "no", ""] in rows
+    assert ["attention", "cpu", "", "yes", "yes", "it computes in float32 and bfloat16, not in float64"] in rows
+    assert ["attention", "torch", "yes", "no", "yes", ""] in rows

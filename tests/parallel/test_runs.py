@@ -1,8 +1,7 @@
-"""Whole runs on several ranks: GRPO learns the same on any of them, the demo is the demo, a restart goes on."""
+"""Whole runs on several ranks: GRPO learns the same on any of them, a restart goes on."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -125,19 +124,6 @@ def wait_for_steps(process: subprocess.Popen[str], run_dir: Path, steps: int) ->
     while len(read_lines(run_dir / "metrics.jsonl")) < steps:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never began"
         time.sleep(0.05)
-
-
-def test_the_demo_runs_under_torchrun(tmp_path: Path) -> None:
-    from tests.rl.test_cli import TINY
-
-    command = torchrun("demo", "--dir", str(tmp_path / "demo"), *TINY)
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert summary["rl_steps"] == 2 and summary["max_abs_logprob_difference"] == 0.0
-    assert [line["step"] for line in read_lines(tmp_path / "demo" / "metrics.jsonl")] == [0, 1]
-    assert done.stdout.count("talk to it") == 1  # one rank speaks
-    assert (tmp_path / "demo" / "report.html").exists()
 
 
 def test_an_interrupt_stops_all_ranks_after_the_same_step(letters: Path, tmp_path: Path) -> None:

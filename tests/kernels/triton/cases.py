@@ -5,9 +5,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from engine.kernels.op import triton_missing
+from engine.kernels.op import triton_missing, use_backend
+from engine.kernels.weight import Weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 needs_triton = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "installed")
+
+
+def device_weight(values: Tensor, dtype: torch.dtype, grad: float = 0.0) -> Weight:
+    """A dense weight on DEVICE, whose gradient so far is `grad` everywhere."""
+    with use_backend("triton"), torch.device(DEVICE):
+        weight = Weight("w", tuple(values.shape), dtype, packed=values.dim() == 2)
+    weight.load_(values)
+    weight.grad_buffer().fill_(grad)
+    return weight
