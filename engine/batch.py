@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan
+from engine.kernels.memory import CPU, upload
 from engine.parallel.collectives import Group
 from engine.parallel.context import ContextShard, deal_rows
 
@@ -50,12 +51,18 @@ class TokenBatch:
         return self.num_tokens if self.scattered else None
 
     @classmethod
-    def packed(cls, sequences: list[list[int]], scattered: bool = False, context: Group | None = None) -> TokenBatch:
-        """Whole sequences, positions from 0, no cache: what training and scoring use. With a `context` of several
-        ranks, the rows of them that this rank computes."""
+    def packed(
+        cls,
+        sequences: list[list[int]],
+        scattered: bool = False,
+        context: Group | None = None,
+        device: torch.device = CPU,
+    ) -> TokenBatch:
+        """Whole sequences, positions from 0, no cache: what training and scoring use, with the tokens on `device`. With
+        a `context` of several ranks, the rows of them that this rank computes."""
         lengths = [len(s) for s in sequences]
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int32)
         if context is not None and context.size > 1:
             shard = ContextShard(context, deal_rows(lengths, context.size), lengths)
-            return cls(tokens[shard.rows], shard.plan, scattered=scattered, context=shard)
-        return cls(tokens, AttentionPlan.of_sequences(lengths), scattered=scattered)
+            return cls(upload(tokens[shard.rows], device), shard.plan, scattered=scattered, context=shard)
+        return cls(upload(tokens, device), AttentionPlan.of_sequences(lengths), scattered=scattered)

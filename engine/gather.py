@@ -36,7 +36,8 @@ class Gatherer:
                 self._holders.setdefault(name, []).append(_Holder(rank, region))
 
     def blocks(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Region, Tensor | None]]:
-        """The tensor of that name in blocks of whole rows, in order: the values on the main rank, None on the others.
+        """The tensor of that name in blocks of whole rows, in order: the values, in CPU memory, on the main rank, None
+        on the others.
 
         A collective: every rank exhausts it, and the main rank does so even when it can make no use of the values.
         Raises ParallelError.
@@ -70,4 +71,4 @@ class Gatherer:
         """Rows of a part: `region` is as wide as it is."""
         part = self._mine[name]
         first = part.row + region.origin[0] - part.origin[0]
-        return part.weight.dense(first, region.shape[0], dtype)
+        return part.weight.dense(first, region.shape[0], dtype).cpu()

@@ -55,10 +55,10 @@ class LossBatch:
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """The mean of `values` [N] over each sample, given back to its tokens, [N]; float64 inside, no gradient."""
-        counts = self.cu_seqlens.diff()
-        sums = counts.new_zeros(len(counts), dtype=torch.float64)
-        sums.index_add_(0, self.sequence_ids, values.detach().double())
-        return (sums / counts)[self.sequence_ids].to(values.dtype)
+        ids, counts = self.sequence_ids.cpu(), self.cu_seqlens.diff().cpu()
+        sums = torch.zeros(len(counts), dtype=torch.float64)
+        sums.index_add_(0, ids, values.detach().double().cpu())  # on a CPU always: it adds in one order there
+        return (sums / counts)[ids].to(values.device, values.dtype)
 
 
 class LossConfig(msgspec.Struct, frozen=True, kw_only=True):

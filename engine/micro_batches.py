@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import ParallelConfig
 from engine.errors import EngineError, NumericsError, ParallelError
+from engine.kernels.memory import upload
 from engine.losses import Loss, LossBatch, LossMetrics
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
@@ -98,7 +99,7 @@ class MicroBatches:
             tokens = torch.tensor([token for s in batches[number] for token in s[1:]], dtype=torch.int32)
             inverse = temperatures([inverse_temperature], [len(tokens)])
             logprobs, _ = self._predictions(packed[number], hidden, torch.arange(len(tokens)), tokens, inverse)
-            scored[number] = list(logprobs.split([len(s) - 1 for s in batches[number]]))
+            scored[number] = list(logprobs.cpu().split([len(s) - 1 for s in batches[number]]))
             return logprobs
 
         packed = [self._packed([s[:-1] for s in sequences]) for sequences in batches]
@@ -121,13 +122,15 @@ class MicroBatches:
             return finish(number, out) if model.chunks[chunk].last else out
 
         shapes = [model.stream_shape(batch) for batch in batches]
-        run_pipeline(plan if learns else forwards_only(plan), model.mesh.pp, forward, shapes, model.dtype)
+        plan = plan if learns else forwards_only(plan)
+        run_pipeline(plan, model.mesh.pp, forward, shapes, model.dtype, model.device)
 
     def _loss(
         self, packed: TokenBatch, hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of samples that share a micro-batch, from its hidden states [T, D], and the log-probabilities of
         their loss tokens."""
+        device = self.model.device
         counts = [len(target.positions) for target in targets]
         starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
         rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
@@ -137,12 +140,12 @@ class MicroBatches:
         batch = LossBatch(
             logprobs=logprobs,
             entropy=entropy,
-            advantages=torch.cat([target.advantages for target in targets]),
-            old_logprobs=torch.cat([target.old_logprobs for target in targets]),
-            ref_logprobs=torch.cat([target.ref_logprobs for target in targets]),
-            positions=torch.cat([target.positions for target in targets]),
-            sequence_ids=torch.repeat_interleave(torch.tensor(counts)),
-            cu_seqlens=torch.tensor([0, *counts]).cumsum(0),
+            advantages=upload(torch.cat([target.advantages for target in targets]), device),
+            old_logprobs=upload(torch.cat([target.old_logprobs for target in targets]), device),
+            ref_logprobs=upload(torch.cat([target.ref_logprobs for target in targets]), device),
+            positions=upload(torch.cat([target.positions for target in targets]), device),
+            sequence_ids=upload(torch.repeat_interleave(torch.tensor(counts)), device),
+            cu_seqlens=upload(torch.tensor([0, *counts]).cumsum(0), device),
             samples=[target.sample for target in targets],
             num_loss_tokens=totals.num_loss_tokens,
             num_loss_samples=totals.num_loss_samples,
@@ -156,7 +159,7 @@ class MicroBatches:
         difference = (logprobs.detach() - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
         totals.saw(float(difference.max()) if len(difference) else None)
-        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().split(counts))
+        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().cpu().split(counts))
 
     def _predictions(
         self, packed: TokenBatch, hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None
@@ -165,11 +168,13 @@ class MicroBatches:
         states of the rows that are here."""
         choice = choose_rows(rows, packed.context)
         hidden = choice.take(hidden)  # [T, D] -> [rows of the N that are here, D]
-        inverse = None if inverse is None else inverse[choice.mine]
-        return choice.whole(*self.model.token_logprob(hidden, tokens[choice.mine], inverse))
+        mine, device = choice.mine, self.model.device
+        inverse = None if inverse is None else upload(inverse[mine], device)
+        return choice.whole(*self.model.token_logprob(hidden, upload(tokens[mine], device), inverse))
 
     def _packed(self, sequences: list[list[int]]) -> TokenBatch:
-        return TokenBatch.packed(sequences, self.model.placement.sequence_parallel, self.model.mesh.cp)
+        model = self.model
+        return TokenBatch.packed(sequences, model.placement.sequence_parallel, model.mesh.cp, model.device)
 
     def _from_last_stage(self, value: T) -> T:
         return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)

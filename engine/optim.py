@@ -51,7 +51,8 @@ def learning_rate(
 
 @dataclass
 class Moments:
-    """What AdamW keeps of one block of rows: fp32 (float64 for float64), dense, in the block's own shape."""
+    """What AdamW keeps of one block of rows: fp32 (float64 for float64), dense, in the block's own shape, on the
+    weight's device."""
 
     master: Tensor
     exp_avg: Tensor
@@ -86,7 +87,8 @@ class AdamW:
         for weight in self.weights:
             dtype = wide_dtype(weight.dtype)
             master = weight.dense(dtype=dtype)
-            fresh[weight.name] = Moments(master, zeros(weight.shape, dtype), zeros(weight.shape, dtype))
+            first, second = (zeros(weight.shape, dtype, master.device) for _ in range(2))
+            fresh[weight.name] = Moments(master, first, second)
         self.state = fresh
 
     def zero_grad(self) -> None:

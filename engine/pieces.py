@@ -40,8 +40,8 @@ class Piece:
     reads: list[Read]
 
     def keep(self) -> None:
-        """Copies the values, so that training can go on before they are written."""
-        self.reads = [partial(Tensor.detach, read().clone()) for read in self.reads]
+        """Copies the values to CPU memory, so that training can go on before they are written."""
+        self.reads = [partial(Tensor.detach, read().to("cpu", copy=True)) for read in self.reads]
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _vector(where: str, name: str, values: Any, length: int, dtype: torch.dtype 
         raise InputError(f"{where}: {name} is not a list of numbers ({error})") from None
     if tuple(vector.shape) != (length,):
         raise InputError(f"{where}: {name} has shape {tuple(vector.shape)}, but there are {length} tokens")
-    return vector.detach()
+    return vector.detach().cpu()
 
 
 def _finite(where: str, name: str, values: Tensor, positions: Tensor) -> None:

@@ -50,8 +50,8 @@ def header_bytes(entries: Iterable[Entry]) -> bytes:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; no copy when it lies like that already."""
-    return tensor.contiguous().view(torch.uint8).numpy().data
+    """The bytes of a tensor in row-major order; no copy when it lies like that on the CPU already."""
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def read_header(file: Path, remedy: str = "fetch it again") -> dict[str, dict[str, Any]]:

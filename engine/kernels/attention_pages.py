@@ -138,6 +138,12 @@ def read_pages(keys: Tensor, values: Tensor, pages: Tensor, context: int, spec: 
     return wide(k), wide(v)
 
 
+def copy_pages(pages: Tensor, source: Tensor, target: Tensor) -> None:
+    """Page target[i] becomes what page source[i] is (int64 [n], on the pages' device)."""
+    bits = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages  # torch does not index float8
+    bits[target] = bits[source]
+
+
 def _panel_shapes(spec: AttentionSpec, page_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     pair = 2 if dtype == torch.bfloat16 else 1
     keys = (-1, spec.num_kv_heads, page_size // BLOCK, depth_of(spec, dtype) // pair, BLOCK, pair)

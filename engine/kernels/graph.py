@@ -57,6 +57,25 @@ class Graph:
         return len(self._calls)
 
 
+class Recorded:
+    """`forward(rows)`, which reads its input from buffers of `max_rows` rows that stay where they are, recorded at the
+    first call with all of them. What a call returns is good until the next one."""
+
+    def __init__(self, forward: Callable[[int], Tensor], max_rows: int) -> None:
+        self._forward = forward
+        self._max_rows = max_rows
+        self.graph: Graph | None = None
+        self._out: Tensor | None = None
+
+    def __call__(self, rows: int) -> Tensor:
+        if self.graph is None or self._out is None:
+            with Graph() as graph:
+                self._out = self._forward(self._max_rows)
+            self.graph = graph
+        self.graph.replay(rows)
+        return self._out[:rows]
+
+
 def host_call(function: Callable[[int], object], rows: int) -> None:
     """Calls function(rows) between the kernels around it: at once, or at each replay while a graph records.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, a 512-bit register, a row of a matrix tile
 POOLED_BYTES = 1 << 18  # smaller buffers are malloc's own business
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 def allocate(num_bytes: int, device: torch.device | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class Pool:
         for block, idle_references in blocks:
             if _references(block) == idle_references:
                 return shaped(block, shape, dtype)
-        block = allocate(size, _CPU)
+        block = allocate(size, CPU)
         blocks.append((block, _references(block)))
         return shaped(block, shape, dtype)
 

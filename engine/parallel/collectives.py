@@ -198,10 +198,15 @@ def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
 
 
 def start_receive(
-    shape: tuple[int, ...], dtype: torch.dtype, group: Group, source: int, tag: int = 0
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    group: Group,
+    source: int,
+    tag: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Pending[Tensor]:
-    """The tensor that the rank at place `source` sends next with this tag."""
-    out = torch.empty(shape, dtype=dtype)
+    """The tensor that the rank at place `source` sends next with this tag, from its memory of the same kind."""
+    out = torch.empty(shape, dtype=dtype, device=device)
     with named("receive", group):
         work = dist.irecv(out, group.ranks[source], group=group.handle, tag=tag)
     return Pending("receive", group, work, lambda: out)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan, AttentionSpec
 from engine.kernels.graph import empty
+from engine.kernels.memory import upload
 from engine.parallel.collectives import Group, all_to_all, fold
 
 Segment = tuple[int, int]  # rows [begin, end) of the whole batch
@@ -188,7 +189,7 @@ class Choice:
         """The chosen ones of this rank's rows."""
         if len(self.local) == hidden.shape[0]:
             return hidden
-        return hidden.index_select(0, self.local)
+        return hidden.index_select(0, upload(self.local, hidden.device))
 
     def whole(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Those of this rank's chosen rows to those of all N, in order, on every rank. Every rank goes on with all of

@@ -181,7 +181,7 @@ class GradientReducer:
         mine = torch.cat([weight.grad_buffer().reshape(-1) for weight in tied])
         other = last if pp.index == 0 else 0
         sending = start_send(mine, pp, other)
-        theirs = start_receive(tuple(mine.shape), mine.dtype, pp, other).wait()
+        theirs = start_receive(tuple(mine.shape), mine.dtype, pp, other, device=mine.device).wait()
         sending.wait()
         total = fold(torch.stack([mine, theirs] if pp.index == 0 else [theirs, mine]))
         pieces = total.split([weight.grad_buffer().numel() for weight in tied])

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.kernels.linear import WeightGradients, deferred_weight_gradients
+from engine.kernels.memory import CPU
 from engine.parallel.collectives import Group, Pending, start_receive, start_send
 from engine.parallel.schedule import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule, Transfer, transfers
 
@@ -27,15 +28,20 @@ _Key = tuple[str, int, int]  # "stream" or "gradient"; the virtual stage that ne
 
 
 def run_pipeline(
-    plan: Schedule, group: Group, forward: Forward, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    plan: Schedule,
+    group: Group,
+    forward: Forward,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device = CPU,
 ) -> None:
     """Does this rank's actions of `plan`, in their order, with the other ranks of the pipeline `group`.
 
     `forward(micro_batch, chunk, stream)` makes of the residual stream (None at the first virtual stage) the stream for
-    the next stage, of shape `shapes[micro_batch]` and `dtype`; at the last stage, a scalar to minimise, or anything
-    where the plan has no backwards. Gradients of weights go where the backward of the forward's operations puts them,
-    micro-batch by micro-batch in ascending order for each chunk: the bits are those of a single rank. A WEIGHT_GRAD
-    runs the matrix gradients that its INPUT_GRAD put off.
+    the next stage, of shape `shapes[micro_batch]` and `dtype`, on `device`; at the last stage, a scalar to minimise, or
+    anything where the plan has no backwards. Gradients of weights go where the backward of the forward's operations
+    puts them, micro-batch by micro-batch in ascending order for each chunk: the bits are those of a single rank. A
+    WEIGHT_GRAD runs the matrix gradients that its INPUT_GRAD put off.
 
     `plan` has as many ranks as the group and does not deadlock (`schedule.check` says so). Raises ParallelError when
     another rank is gone or late. What `forward` raises comes through, and leaves the other ranks waiting: where they
@@ -43,19 +49,25 @@ def run_pipeline(
     """
     assert plan.num_stages == group.size, f"a schedule of {plan.num_stages} ranks on {group}"
     assert plan.num_micro_batches == len(shapes), f"{len(shapes)} shapes for {plan.num_micro_batches} micro-batches"
-    _Run(plan, group, forward, shapes, dtype).run()
+    _Run(plan, group, forward, shapes, dtype, device).run()
 
 
 class _Run:
     def __init__(
-        self, plan: Schedule, group: Group, forward: Forward, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+        self,
+        plan: Schedule,
+        group: Group,
+        forward: Forward,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.plan = plan
         self.rank = group.index
         self.forward = forward
         self.shapes = shapes
         self.dtype = dtype
-        self.mail = _Mail(transfers(plan)[group.index], group, shapes, dtype)
+        self.mail = _Mail(transfers(plan)[group.index], group, shapes, dtype, device)
         self.learns = any(action.kind is not FORWARD for action in plan.actions[self.rank])
         # What a micro-batch leaves in a chunk: the stream it came with, and where its backward begins. The stream that
         # was made there is not kept: no backward reads it.
@@ -107,9 +119,15 @@ class _Mail:
     """What one rank sends and receives. A tensor for another chunk of the same rank is handed over as it is."""
 
     def __init__(
-        self, entries: list[Transfer], group: Group, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+        self,
+        entries: list[Transfer],
+        group: Group,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._group = group
+        self._device = device
         self._shapes = shapes
         self._dtype = dtype
         self._receives = deque(t for t in entries if not t.sends)
@@ -124,9 +142,9 @@ class _Mail:
             t = self._receives.popleft()
             shape, key = self._shapes[t.micro_batch], (t.what, t.stage, t.micro_batch)
             if 0 in shape:  # a context-parallel rank may have no row of a micro-batch: nothing travels
-                self._here[key] = torch.empty(shape, dtype=self._dtype)
+                self._here[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
             else:
-                self._arriving[key] = (t, start_receive(shape, self._dtype, self._group, t.peer))
+                self._arriving[key] = (t, start_receive(shape, self._dtype, self._group, t.peer, device=self._device))
 
     def take(self, key: _Key) -> Tensor:
         """A tensor that is needed now; waits for it."""

@@ -156,7 +156,7 @@ def _sum(partial: Tensor, bias: Weight | None, dtype: torch.dtype, group: Group,
     """The sum over ranks plus the bias, rounded once to `dtype`; a recorded forward sums what it finds at replay."""
     if rows is not None:
         return _with_bias(_start_sum(partial, group, rows).wait(), bias).to(dtype)
-    out = empty(tuple(partial.shape), dtype)
+    out = empty(tuple(partial.shape), dtype, partial.device)
     source, target = unowned(partial), unowned(out)
 
     def run(now: int) -> None:

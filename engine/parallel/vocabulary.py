@@ -64,7 +64,7 @@ def vocabulary_sample(
     share = -(-rows // group.size)
     mine = slice(share * group.index, min(rows, share * (group.index + 1)))
     whole = _deal_rows(logits, share, vocab_size, group)[: max(0, mine.stop - mine.start)]
-    drawn = torch.zeros((share, 2), dtype=torch.int32)
+    drawn = torch.zeros((share, 2), dtype=torch.int32, device=logits.device)
     if len(whole):
         tokens, _, kept_mass = sample_token(whole, *(setting[mine].contiguous() for setting in settings))
         drawn[: len(whole), 0], drawn[: len(whole), 1] = tokens, kept_mass.view(torch.int32)
@@ -113,7 +113,7 @@ class _VocabularyLogprob(torch.autograd.Function):
         d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
         d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
         here = shard_targets(targets, ctx.first, head.shape[0])
-        d_hidden = empty(tuple(hidden.shape), hidden.dtype)
+        d_hidden = empty(tuple(hidden.shape), hidden.dtype, hidden.device)
         for part in _chunks(hidden.shape[0], head):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = _logits(x, head)  # [c, Vl]
@@ -130,7 +130,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]; one exchange for all chunks."""
     here = shard_targets(targets, first, head.shape[0])
-    statistics = [torch.empty((0, 4), dtype=torch.float64)]  # a rank may have no rows
+    statistics = [hidden.new_empty((0, 4), dtype=torch.float64)]  # a rank may have no rows
     for part in _chunks(hidden.shape[0], head):
         inverse = None if inv_temperature is None else inv_temperature[part]
         statistics.append(shard_statistics(_logits(hidden[part].detach(), head), here[part, None], inverse))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.linear import linear
+from engine.kernels.memory import upload
 from engine.kernels.token_logprob import inverse_temperature
 from engine.model import Transformer
 from engine.parallel.vocabulary import vocabulary_sample, vocabulary_top
@@ -62,7 +63,9 @@ class Drawing:
         """Samples from the rows of `hidden` [T, D], after the last norm. The head runs on these rows and no others."""
         vocab_size, group = model.config.vocab_size, model.mesh.tp
         chunk = max(1, LOGITS_BYTES // (4 * vocab_size))
-        drawn = Drawn.empty(len(self))
+        settings = [upload(setting, hidden.device) for setting in self._settings]
+        drawn: list[tuple[Tensor, ...]] = []
+        alternatives: dict[int, tuple[Tensor, Tensor]] = {}
         for begin in range(0, len(self), chunk):
             part = slice(begin, begin + chunk)
             rows = self.rows[part]
@@ -71,18 +74,23 @@ class Drawing:
             logits = linear(take_rows(hidden, rows), model.head, out_dtype=torch.float32)  # [U, this rank's V]
             if self.forked:
                 logits = take_rows(logits, which)  # one row for each of R: siblings fork from one
-            temperature, top_k, top_p, min_p, seed, counter = (setting[part] for setting in self._settings)
-            sampled = vocabulary_sample(
-                logits, temperature, top_k, top_p, min_p, seed, counter, vocab_size=vocab_size, group=group
+            temperature, top_k, top_p, min_p, seed, counter = (setting[part] for setting in settings)
+            drawn.append(
+                vocabulary_sample(
+                    logits, temperature, top_k, top_p, min_p, seed, counter, vocab_size=vocab_size, group=group
+                )
             )
-            drawn.tokens[part], drawn.logprobs[part], drawn.kept_mass[part] = (t.numpy() for t in sampled)
             for index, k in self.alternatives.items():
                 if begin <= index < begin + chunk:
-                    heat = torch.tensor([inverse_temperature(float(self._settings[0][index]))])
+                    heat = upload(torch.tensor([inverse_temperature(float(self._settings[0][index]))]), hidden.device)
                     row = logits[index - begin : index - begin + 1]
-                    ids, values = vocabulary_top(row, k, heat, vocab_size, group)
-                    drawn.alternatives[index] = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
-        return drawn
+                    alternatives[index] = vocabulary_top(row, k, heat, vocab_size, group)
+        tokens, logprobs, kept_mass = _on_host(drawn)
+        choices = {
+            index: dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+            for index, (ids, values) in alternatives.items()
+        }
+        return Drawn(tokens, logprobs.view(np.float32), kept_mass.view(np.float32), choices)
 
     # ---- the same as one message between the stages of a pipeline ----
 
@@ -112,9 +120,18 @@ class Drawing:
         return drawn
 
 
+def _on_host(drawn: list[tuple[Tensor, ...]]) -> np.ndarray:
+    """Columns of 4-byte numbers, chunk after chunk, as their bits: int32 [3, R]. This is where a step waits for what
+    it launched."""
+    chunks = [torch.stack([column.view(torch.int32) for column in columns]) for columns in drawn]
+    return (chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)).cpu().numpy()
+
+
 def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:
     """x[rows] on the calling thread: torch would wake a pool of its own, which competes with the kernels'."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
         return x[int(rows[0]) : int(rows[-1]) + 1]
-    bits = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    if not x.is_cpu:
+        return x.index_select(0, upload(torch.from_numpy(rows), x.device))
+    bits = x.view(torch.int16 if x.element_size() == 2 else torch.int32)
     return torch.from_numpy(bits.numpy()[rows]).view(x.dtype)

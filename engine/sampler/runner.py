@@ -17,6 +17,7 @@ each computes its share of the rows; which rows those are changes no bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from torch import Tensor
 
 from engine.batch import KVView, TokenBatch
 from engine.kernels.attention import AttentionPlan, allocate_pages
-from engine.kernels.graph import Graph
+from engine.kernels.attention_pages import copy_pages
+from engine.kernels.cuda_graph import CudaGraphs
+from engine.kernels.graph import Recorded
+from engine.kernels.memory import upload
 from engine.model import Transformer
 from engine.parallel.collectives import Pending, start_receive, start_send
 from engine.parallel.context import ContextShard, choose_rows, deal_rows
@@ -64,7 +68,7 @@ class Flight:
 
 
 class Runner:
-    """Owns the KV pool and the recorded forward of each chunk of layers."""
+    """Owns the KV pool, on the model's device, and the recorded forward of each chunk of layers."""
 
     def __init__(self, model: Transformer, num_pages: int, page_size: int, max_batch_tokens: int) -> None:
         self.model = model
@@ -72,17 +76,20 @@ class Runner:
         self.page_size = page_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        for layer in model.layers:
-            keys, values = allocate_pages(num_pages, page_size, layer.attention.spec, model.dtype)
-            self.keys.append(keys)
-            self.values.append(values)
-        self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32)
+        with model.device:
+            for layer in model.layers:
+                keys, values = allocate_pages(num_pages, page_size, layer.attention.spec, model.dtype)
+                self.keys.append(keys)
+                self.values.append(values)
+        self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32, device=model.device)
         self._plan = AttentionPlan()
         width = model.config.hidden_size
         self._streams = [
-            None if chunk.first else torch.zeros((max_batch_tokens, width), dtype=model.dtype) for chunk in model.chunks
+            None if chunk.first else torch.zeros((max_batch_tokens, width), dtype=model.dtype, device=model.device)
+            for chunk in model.chunks
         ]
-        self._graphs: list[tuple[Graph, Tensor] | None] = [None] * len(model.chunks)
+        recorder = Recorded if model.device.type == "cpu" else CudaGraphs
+        self.recorded = [recorder(partial(self._run, chunk), max_batch_tokens) for chunk in range(len(model.chunks))]
         self._round: list[Flight | None] = []
         self._sends: list[Pending[None]] = []
 
@@ -144,10 +151,11 @@ class Runner:
         here = self.model.chunks[chunk]
         hidden = self._forward(flight, chunk, None if here.first else self._take_in(flight))
         if flight.step.copies:
-            source, target = (torch.tensor(pages) for pages in zip(*flight.step.copies, strict=True))
+            pages = (torch.tensor(pages) for pages in zip(*flight.step.copies, strict=True))
+            source, target = (upload(each, self.model.device) for each in pages)
             for layer in here.layers:
-                for pool in (self.keys[layer.place], self.values[layer.place]):
-                    pool[target] = pool[source]
+                copy_pages(self.keys[layer.place], source, target)
+                copy_pages(self.values[layer.place], source, target)
         if not here.last:
             self._pass_on(flight, hidden)
         elif len(flight.drawing):
@@ -160,28 +168,23 @@ class Runner:
     def _forward(self, flight: Flight, chunk: int, stream: Tensor | None) -> Tensor:
         if flight.context is not None:  # so many rows that nothing is won by a recording
             tokens = torch.from_numpy(flight.tokens)[flight.context.rows]
+            tokens = upload(tokens, self.model.device)
             batch = TokenBatch(tokens, flight.context.plan, KVView(self.keys, self.values), context=flight.context)
             return self.model.forward(batch, stream, chunk)
         total = len(flight.tokens)
         self._plan.build(*flight.plan, self.page_size)
         if self.model.chunks[chunk].first:
-            self._tokens[:total] = torch.from_numpy(flight.tokens)
-        if not self.model.recordable:
-            return self.model.forward(self._batch(total), stream, chunk)
+            self._tokens[:total] = upload(torch.from_numpy(flight.tokens), self.model.device)
         buffer = self._streams[chunk]
         if buffer is not None and stream is not None:
             buffer[:total] = stream
-        recorded = self._graphs[chunk]
-        if recorded is None:
-            with Graph() as graph:
-                hidden = self.model.forward(self._batch(len(self._tokens)), buffer, chunk)
-            self._graphs[chunk] = recorded = graph, hidden
-        graph, hidden = recorded
-        graph.replay(total)
-        return hidden[:total]
+        return self.recorded[chunk](total) if self.model.recordable else self._run(chunk, total)
 
-    def _batch(self, rows: int) -> TokenBatch:
-        return TokenBatch(self._tokens[:rows], self._plan, KVView(self.keys, self.values))
+    def _run(self, chunk: int, rows: int) -> Tensor:
+        """The forward of `rows` rows of the buffers."""
+        buffer = self._streams[chunk]
+        batch = TokenBatch(self._tokens[:rows], self._plan, KVView(self.keys, self.values))
+        return self.model.forward(batch, None if buffer is None else buffer[:rows], chunk)
 
     # ---- between stages ----
 
@@ -190,7 +193,8 @@ class Runner:
         if flight.stream is not None:
             return flight.stream
         shape, before = (flight.num_rows, self.model.config.hidden_size), (self.stages.index - 1) % self.stages.size
-        return start_receive(shape, self.model.dtype, self.stages, before, tag=STREAM).wait()
+        model = self.model
+        return start_receive(shape, model.dtype, self.stages, before, STREAM, model.device).wait()
 
     def _pass_on(self, flight: Flight, hidden: Tensor) -> None:
         if self.stages.size == 1:

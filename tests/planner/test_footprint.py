@@ -145,10 +145,9 @@ def test_the_recorded_forward_takes_the_memory_that_was_planned(dtype: str) -> N
     engine_config = EngineConfig(dtype=dtype, kv_tokens=1024, max_batch_tokens=512, parallel=ParallelConfig(dp=1))
     engine = Engine.from_config(config, engine_config)
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
-    (recorded,) = engine.sampler.runner._graphs
-    assert recorded is not None
+    (recorded,) = engine.sampler.runner.recorded
     planned = footprint.sampling_bytes(share_of(config, engine_config))
-    assert 0.8 < recorded[0].pool.nbytes / (planned - footprint.SAMPLING_LOGITS_BYTES) < 1.25
+    assert 0.8 < recorded.graph.pool.nbytes / (planned - footprint.SAMPLING_LOGITS_BYTES) < 1.25
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
