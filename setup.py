@@ -28,7 +28,8 @@ CUDA_MACHINES = {"80": "sm_80", "90a": "sm_90a", "100a": "sm_100a"}
 
 def needs_recompile(obj: str, source: str) -> bool:
     """A header or kernel body that changed recompiles everything: seconds, against a stale object's mystery."""
-    made_from = [source, *HEADERS, "setup.py"]
+    cuda = "cuda" in Path(source).parts
+    made_from = [source, *(header for header in HEADERS if cuda == ("cuda" in Path(header).parts)), "setup.py"]
     target = Path(obj)
     return not target.exists() or any(Path(p).stat().st_mtime > target.stat().st_mtime for p in made_from)
 
@@ -71,7 +72,8 @@ class BuildExtension(build_ext):
 def nvcc(pair: tuple[str, str]) -> None:
     source, target = pair
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([NVCC, *CUDA_ARGS, *architectures(), "-c", source, "-o", target], capture_output=True, text=True)
+    command = [NVCC, *CUDA_ARGS, *architectures(), "-c", source, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout + done.stderr, end="", flush=True)
     if done.returncode:
         raise CompileError(f"nvcc could not compile {source} (exit status {done.returncode})")

@@ -8,12 +8,14 @@ none runs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
 from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES
 from engine.kernels.linear import linear
 from engine.kernels.op import OPS, use_backend
@@ -21,9 +23,10 @@ from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.swiglu import swiglu
 from engine.kernels.triton.launch import Launch, collecting
 from engine.kernels.weight import Weight
+from engine.kernels.weight import Weight
 
 WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
-TOKENS = 512
+TOKENS, PAGE_SIZE = 512, 16
 DTYPES = tuple(dtype for dtype in TRITON_DTYPES if dtype in MODEL_DTYPES.values())
 
 
@@ -46,6 +49,33 @@ def collected(case: CompileCase, dtype: torch.dtype) -> list[Launch]:
     with use_backend("triton"), collecting() as launches:
         case.run(dtype)
     return launches
+
+
+def _heads(head_dim: int) -> tuple[int, int]:
+    """Query and key/value heads of a layer of this head width, as models have them."""
+    return {64: (32, 8), 96: (32, 32), 128: (32, 8), 256: (16, 4)}[head_dim]
+
+
+def _attention(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
+    """Training and scoring without pages, then prefill and decode with them; with and without norms and windows."""
+    for head_dim, windowed in itertools.product((64, 96, 128, 256), (False, True)):
+        window = 1024 if windowed else None
+        spec = AttentionSpec(*_heads(head_dim), head_dim, window=window, kv_dtype=kv_dtype)
+        rope = torch.empty(8192, head_dim)
+        norm = Weight("norm", (head_dim,), dtype, packed=False) if windowed else None
+        qkv = torch.empty(TOKENS, spec.row_size, dtype=dtype, requires_grad=True)
+        _grads(attention(qkv, spec, rope, AttentionPlan.of_sequences([TOKENS]), q_norm=norm, k_norm=norm), qkv)
+        keys, values = allocate_pages(256, PAGE_SIZE, spec, dtype)
+        for new, context in ((TOKENS, TOKENS), (1, 4096)):
+            plan = AttentionPlan()
+            starts, contexts = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, new], [context]))
+            positions = torch.arange(context - new, context, dtype=torch.int32)
+            plan.build(starts, contexts, positions, torch.zeros(1, context // PAGE_SIZE, dtype=torch.int32), PAGE_SIZE)
+            attention(qkv.detach()[:new], spec, rope, plan, keys, values, norm, norm)
+
+
+def _attention_e4m3(dtype: torch.dtype) -> None:
+    _attention(dtype, torch.float8_e4m3fn)
 
 
 def _grads(output: Tensor, *inputs: Tensor) -> None:
@@ -87,5 +117,7 @@ def _rms_norm(dtype: torch.dtype) -> None:
 RUN: dict[str, Callable[[torch.dtype], None]] = {
     "linear": _linear,
     "rms_norm": _rms_norm,
+    "attention": _attention,
+    "attention_e4m3": _attention_e4m3,
     "swiglu": _swiglu,
 }

@@ -1,8 +1,8 @@
 // Paged decode attention: a tile of up to 16 (token, query head) rows that share a key/value head, against that head's
-// keys and values, 64 at a time.
+// keys and values, N = 64 at a time (128 where heads are 64 wide).
 //
 //            4 warps share the keys of a tile        every warp has every row        4 warps share the columns
-//   q [16, Dh] --- S = q k^T [16, 64], by 16 keys --- softmax over S, in shared --- acc += P V [16, Dh], by Dh / 4
+//   q [16, Dh] --- S = q k^T [16, N], by N / 4    --- softmax over S, in shared --- o += P V [16, Dh], by Dh / 4
 //                    each, into shared memory           memory, by each warp          columns each, in registers
 //
 // A row of S lies with the same four threads in all warps, so that each warp has the probabilities it multiplies by V
@@ -19,8 +19,10 @@
 // and outputs, 1 / context of that, and partial results: 4 (Dh + 2) bytes a row and split of 512 keys, 3% of a split's
 // bytes at 8 rows a head. So 85% of the bandwidth is what this should reach. No GPU has run it yet.
 //
-// Arithmetic: that of engine/kernels/triton/attention.py, operation by operation. Products and sums are contracted
-// nowhere but where the source says so (-fmad=false).
+// Arithmetic: that of engine/kernels/triton/attention.py, operation by operation, contracted only where the source says
+// __fmaf_rn (-fmad=false). The probabilities of a row are added up as Triton does for a matrix instruction's result:
+// each of four threads its own, in sequence (Triton 3.6) or as a tree of neighbours (3.9), and then the four of them.
+// That leaves one question, for a GPU: whether m16n8k16 here and Triton's instructions (wgmma on sm_90) round alike.
 #include "attention.h"
 
 #include <cuda_bf16.h>
@@ -37,16 +39,20 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRows = 16;         // of a tile: the height of the matrix instruction
-constexpr int kKeys = 64;         // of a tile
 constexpr int kSplit = 512;       // keys summed on their own before they are folded into what came before
 constexpr int kItem = 8;          // numbers of an item
-constexpr int kScores = kKeys + 8;  // floats from one row of S to the next: 8 more keep its rows in different banks
+constexpr int kTurn = 3;          // numbers of a token to fold
 constexpr int kMaxDevices = 64;
+constexpr float kNoScore = -1e30f;  // the running maximum before the first key
+
+constexpr int keys_of_tile(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 
 template <class T, class Page, int DIM>
 struct Shape {
   static constexpr bool kConverts = sizeof(Page) != sizeof(T);  // pages are e4m3: tiles are widened in shared memory
   static constexpr int kStages = DIM > 128 ? 2 : 3;
+  static constexpr int kKeys = keys_of_tile(DIM);
+  static constexpr int kScores = kKeys + 8;  // floats from one row of S to the next: 8 more keep rows in other banks
   // 16 bytes more than a row needs: 8 rows at a distance of an odd number of 16-byte units lie in different banks.
   static constexpr int kPageStride = DIM + 16 / int(sizeof(Page));
   static constexpr int kStride = DIM + 8;
@@ -96,7 +102,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -131,30 +137,48 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 1);
 }
 
-// A row's softmax so far: exponentials are of (score - largest), and acc is their product with V.
+// The sum of what a thread has of a row, neighbours first.
+template <int N>
+__device__ __forceinline__ float tree_sum(const float* x) {
+  if constexpr (N == 1) return x[0];
+  else return tree_sum<N / 2>(x) + tree_sum<N / 2>(x + N / 2);
+}
+
+// Two softmaxes of different keys: their common maximum, and the factors that bring either's sums to it.
+struct Join {
+  float top, first, second;
+  __device__ __forceinline__ Join(float first_max, float second_max)
+      : top(fmaxf(first_max, second_max)), first(exp2_approximate(first_max - top)),
+        second(exp2_approximate(second_max - top)) {}
+  __device__ __forceinline__ float operator()(float x, float y) const { return __fmaf_rn(x, first, y * second); }
+};
+
+// Rows that are not there have a sum of 0, and are divided by 1; + 0 makes a -0 the 0 it is in another order of skipping.
+__device__ __forceinline__ float inverse(float sum) { return __fdiv_rn(1.f, sum > 0.f ? sum : 1.f); }
+__device__ __forceinline__ float finished(float x, float inverse_sum) { return x * inverse_sum + 0.f; }
+
+// The softmax of some keys: exponentials are of (score - top), and acc is their product with V.
 template <int TILES>
 struct Part {
-  float largest[2], sum[2], acc[TILES][4];  // rows g and g + 8; acc[i] are columns 8 i + 2 q and one more, twice
+  float top[2], sum[2], acc[TILES][4];  // of rows g and g + 8; acc[i] are columns 8 i + 2 q and the next, of both
 
   __device__ __forceinline__ void clear() {
-    for (int half = 0; half < 2; ++half) largest[half] = -INFINITY, sum[half] = 0.f;
+    for (int half = 0; half < 2; ++half) top[half] = kNoScore, sum[half] = 0.f;
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
       for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
   }
 
-  // This part, and then `next`, whose keys come after.
+  // Takes in a part whose keys come after.
   __device__ __forceinline__ void fold(const Part& next) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float both = fmaxf(largest[half], next.largest[half]);
-      const float base = both == -INFINITY ? 0.f : both;
-      const float mine = exp2_approximate(largest[half] - base), theirs = exp2_approximate(next.largest[half] - base);
-      largest[half] = both;
-      sum[half] = sum[half] * mine + next.sum[half] * theirs;
+      const Join join(top[half], next.top[half]);
+      top[half] = join.top;
+      sum[half] = join(sum[half], next.sum[half]);
 #pragma unroll
       for (int i = 0; i < TILES; ++i)
-        for (int j = 2 * half; j < 2 * half + 2; ++j) acc[i][j] = acc[i][j] * mine + next.acc[i][j] * theirs;
+        for (int j = 2 * half; j < 2 * half + 2; ++j) acc[i][j] = join(acc[i][j], next.acc[i][j]);
     }
   }
 };
@@ -162,6 +186,8 @@ struct Part {
 template <class T, class Page, int DIM>
 __global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const AttentionDecode a) {
   using S = Shape<T, Page, DIM>;
+  constexpr int kKeys = S::kKeys, kScores = S::kScores;
+  constexpr int kShare = kKeys / 8 / kWarps;         // of 8 keys, in a warp's share of S
   constexpr int kSteps = DIM / 16;                   // matrix instructions along the head width
   constexpr int kTiles = DIM / 8 / kWarps;           // of 8 columns, in a warp's share of the output
   constexpr int kChunks = DIM * int(sizeof(Page)) / 16;  // 16-byte pieces of a row of a page
@@ -175,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const Atte
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int group = int(a.num_heads / a.num_kv_heads), page_size = int(a.page_size), window = int(a.window);
   const int num_kv_heads = int(a.num_kv_heads);
-  const int work = *a.num_items * num_kv_heads;
+  const int work = a.counts[1] * num_kv_heads;
 
   for (int number = blockIdx.x; number < work; number += gridDim.x) {
     const int head = number % num_kv_heads;
@@ -282,19 +308,22 @@ __global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const Atte
       }
       __syncthreads();
 
-      // ---- S, 16 keys of it: two instructions wide ----
-      float c[2][4] = {};
+      // ---- this warp's share of S ----
+      float c[kShare][4] = {};
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t b[4];
-        load_matrices(b, key_tile + (warp * 16 + lane / 16 * 8 + lane % 8) * S::kStride + step * 16 + lane / 8 % 2 * 8);
-        multiply(c[0], queries[step], b[0], b[1], T());
-        multiply(c[1], queries[step], b[2], b[3], T());
-      }
+      for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < kShare; i += 2) {
+          uint32_t b[4];
+          const int row = (warp * kShare + i) * 8 + lane / 16 * 8 + lane % 8;
+          load_matrices(b, key_tile + row * S::kStride + step * 16 + lane / 8 % 2 * 8);
+          multiply(c[i], queries[step], b[0], b[1], T());
+          multiply(c[i + 1], queries[step], b[2], b[3], T());
+        }
+#pragma unroll
+      for (int i = 0; i < kShare; ++i)
         for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(scores + (g + 8 * half) * kScores + warp * 16 + i * 8 + 2 * q) =
+          *reinterpret_cast<float2*>(scores + (g + 8 * half) * kScores + (warp * kShare + i) * 8 + 2 * q) =
               make_float2(c[i][2 * half], c[i][2 * half + 1]);
 
       if constexpr (!S::kConverts) wait_for_all_but<2 * S::kStages - 3>();
@@ -307,32 +336,34 @@ __global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const Atte
       uint32_t probabilities[kKeys / 16][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float s[kKeys / 8][2];
+        float s[kKeys / 4];
         float largest = -INFINITY;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
           const float2 pair = *reinterpret_cast<const float2*>(scores + (g + 8 * half) * kScores + 8 * j + 2 * q);
+          s[2 * j] = pair.x, s[2 * j + 1] = pair.y;
           const int key = first_key + 8 * j + 2 * q;
-          s[j][0] = pair.x * a.scale;
-          s[j][1] = pair.y * a.scale;
           if (!all_seen)
             for (int k = 0; k < 2; ++k)
-              if (key + k < low[half] || key + k >= high[half]) s[j][k] = -INFINITY;
-          largest = fmaxf(largest, fmaxf(s[j][0], s[j][1]));
+              if (key + k < low[half] || key + k >= high[half]) s[2 * j + k] = -INFINITY;
+          largest = fmaxf(largest, fmaxf(s[2 * j], s[2 * j + 1]));
         }
-        largest = fmaxf(part.largest[half], row_max(largest));
-        const float base = largest == -INFINITY ? 0.f : largest;
-        const float rescale = exp2_approximate(part.largest[half] - base);
-        float sum = 0.f;
+        const float top = fmaxf(part.top[half], row_max(largest) * a.factor);
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
-          const float p0 = exp2_approximate(s[j][0] - base), p1 = exp2_approximate(s[j][1] - base);
-          sum = sum + p0;
-          sum = sum + p1;
-          probabilities[j / 2][half + 2 * (j % 2)] = rounded_pair(p0, p1, T());
+          for (int k = 2 * j; k < 2 * j + 2; ++k) s[k] = exp2_approximate(__fmaf_rn(s[k], a.factor, -top));
+          probabilities[j / 2][half + 2 * (j % 2)] = rounded_pair(s[2 * j], s[2 * j + 1], T());
         }
-        part.largest[half] = largest;
-        part.sum[half] = part.sum[half] * rescale + row_sum(sum);
+        float sum = s[0];
+        if (a.tree_sums) {
+          sum = tree_sum<kKeys / 4>(s);
+        } else {
+#pragma unroll
+          for (int k = 1; k < kKeys / 4; ++k) sum = sum + s[k];
+        }
+        const float rescale = exp2_approximate(part.top[half] - top);
+        part.top[half] = top;
+        part.sum[half] = __fmaf_rn(part.sum[half], rescale, row_sum(sum));
 #pragma unroll
         for (int i = 0; i < kTiles; ++i)
           for (int j = 2 * half; j < 2 * half + 2; ++j) part.acc[i][j] = part.acc[i][j] * rescale;
@@ -366,18 +397,60 @@ __global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const Atte
       const int column = warp * kTiles * 8 + 2 * q;
       if (partial >= 0) {
         const int64_t place = int64_t(partial + token[half] - first_row / group) * a.num_heads + query_head[half];
+#pragma unroll
         for (int i = 0; i < kTiles; ++i)
-          *reinterpret_cast<float2*>(a.partial_out + place * DIM + column + 8 * i) =
+          *reinterpret_cast<float2*>(a.sums + place * DIM + column + 8 * i) =
               make_float2(part.acc[i][2 * half], part.acc[i][2 * half + 1]);
         if (warp == 0 && q == 0)
-          *reinterpret_cast<float2*>(a.partial_stats + place * 2) = make_float2(part.largest[half], part.sum[half]);
+          *reinterpret_cast<float2*>(a.softmaxes + place * 2) = make_float2(part.top[half], part.sum[half]);
         continue;
       }
-      const int64_t place = int64_t(token[half]) * a.num_heads + query_head[half];
+      T* const to = static_cast<T*>(a.out) + (int64_t(token[half]) * a.num_heads + query_head[half]) * DIM + column;
+      const float inverse_sum = inverse(whole.sum[half]);
+#pragma unroll
       for (int i = 0; i < kTiles; ++i)
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + place * DIM + column + 8 * i) = rounded_pair(
-            whole.acc[i][2 * half] / whole.sum[half], whole.acc[i][2 * half + 1] / whole.sum[half], T());
-      if (a.lse != nullptr && warp == 0 && q == 0) a.lse[place] = whole.largest[half] + log2f(whole.sum[half]);
+        *reinterpret_cast<uint32_t*>(to + 8 * i) =
+            rounded_pair(finished(whole.acc[i][2 * half], inverse_sum),
+                         finished(whole.acc[i][2 * half + 1], inverse_sum), T());
+    }
+  }
+}
+
+// Rows whose splits went to memory: a warp folds one row's in order, DIM / 32 columns in a thread.
+template <class T, int DIM>
+__global__ void __launch_bounds__(kThreads) fold(const AttentionDecode a) {
+  constexpr int kPairs = (DIM / 2 + 31) / 32;  // of columns in a thread; at 96 only half of the threads have a second
+  const int lane = threadIdx.x % 32, num_heads = int(a.num_heads);
+  const int work = a.counts[2] * num_heads;
+  for (int number = blockIdx.x * kWarps + threadIdx.x / 32; number < work; number += gridDim.x * kWarps) {
+    const int* const turn = a.turns + int64_t(number / num_heads) * kTurn;
+    const int head = number % num_heads, num_parts = turn[2];
+    const int* const parts = a.parts + turn[1];
+    float top = kNoScore, sum = 0.f, acc[kPairs][2] = {};
+#pragma unroll 4
+    for (int i = 0; i < num_parts; ++i) {
+      const int64_t place = int64_t(parts[i]) * num_heads + head;
+      const float2 softmax = *reinterpret_cast<const float2*>(a.softmaxes + place * 2);
+      const Join join(top, softmax.x);
+      top = join.top;
+      sum = join(sum, softmax.y);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int column = (pair * 32 + lane) * 2;
+        if (column >= DIM) continue;
+        const float2 next = *reinterpret_cast<const float2*>(a.sums + place * DIM + column);
+        acc[pair][0] = join(acc[pair][0], next.x);
+        acc[pair][1] = join(acc[pair][1], next.y);
+      }
+    }
+    T* const to = static_cast<T*>(a.out) + (int64_t(turn[0]) * num_heads + head) * DIM;
+    const float inverse_sum = inverse(sum);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int column = (pair * 32 + lane) * 2;
+      if (column < DIM)
+        *reinterpret_cast<uint32_t*>(to + column) =
+            rounded_pair(finished(acc[pair][0], inverse_sum), finished(acc[pair][1], inverse_sum), T());
     }
   }
 }
@@ -406,7 +479,10 @@ void launch(const AttentionDecode& arguments, cudaStream_t stream) {
     blocks[device].store(count, std::memory_order_relaxed);
   }
   decode<T, Page, DIM><<<count, kThreads, S::kBytes, stream>>>(arguments);
-  check(cudaGetLastError(), "launch");
+  check(cudaGetLastError(), "launch of decode");
+  if (!arguments.has_turns) return;
+  fold<T, DIM><<<count, kThreads, 0, stream>>>(arguments);
+  check(cudaGetLastError(), "launch of fold");
 }
 
 template <class T, class Page>
@@ -435,12 +511,17 @@ void check_arguments(const AttentionDecode& a) {
   if (a.page_size < 16 || a.page_size % 16 != 0)
     refuse("page_size is " + number(a.page_size) + "; it must be a multiple of 16");
   if (a.window < 0) refuse("window is " + number(a.window) + "; it must be at least 1, or 0 for none");
-  if (!(a.scale > 0)) refuse("scale is " + std::to_string(a.scale) + "; it must be positive");
+  if (!(a.factor > 0)) refuse("factor is " + std::to_string(a.factor) + "; it must be positive");
+  if (a.keys_of_tile != keys_of_tile(a.head_dim) || a.split != kSplit)
+    refuse("the plan has tiles of " + number(a.keys_of_tile) + " keys and splits of " + number(a.split) +
+           "; the bits need " + number(keys_of_tile(a.head_dim)) + " and " + number(kSplit));
   for (const void* address : {a.q, a.keys, a.values, static_cast<const void*>(a.out)})
     if (address == nullptr || reinterpret_cast<uintptr_t>(address) % 16 != 0)
-      refuse("queries, pages and output must be given and begin at multiples of 16 bytes");
-  for (const void* address : {a.items, a.num_items, a.tables, a.last_keys})
+      refuse("queries, pages and output must be given, and begin at multiples of 16 bytes");
+  for (const int32_t* address : {a.items, a.counts, a.tables, a.last_keys})
     if (address == nullptr) refuse("the plan's lists must be given");
+  if (a.has_turns && (a.turns == nullptr || a.parts == nullptr || a.sums == nullptr || a.softmaxes == nullptr))
+    refuse("a plan with rows to fold needs its turns and parts, and memory for partial results");
 }
 
 }  // namespace

@@ -6,23 +6,28 @@ namespace caduceus {
 
 enum class CudaType : int { kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3 };
 
-// Addresses are of device memory. An item is the int32 numbers that engine/kernels/triton/attention_plan.py lists:
-// rows of one key/value head, (token, query head) pairs, and a range of keys; every key/value head has all items.
+// Addresses are of device memory. `items`, `counts`, `turns`, `parts`, `tables` and `last_keys` are the int32 lists of
+// engine/kernels/triton/attention_plan.py, with tiles of at most 16 rows; how long they are is read on the device, so
+// that a recorded launch takes in the next batch.
 struct AttentionDecode {
-  const void* q;               // [T, H, Dh]: normed, turned and rounded
-  const void* keys;            // [num_pages, K, page_size, Dh]
-  const void* values;          // likewise
-  const int32_t* items;        // [.., 8]
-  const int32_t* num_items;    // one number, read on the device: a recorded launch takes in the next batch
-  const int32_t* tables;       // pages of every sequence, one list after the other
-  const int32_t* last_keys;    // [T]: the last key that a row sees
-  void* out;                   // [T, H, Dh], by items that have all keys of their rows
-  float* lse;                  // [T, H] or null
-  float* partial_out;          // [.., H, Dh]: by items of a single split
-  float* partial_stats;        // [.., H, 2]: their largest score and their sum
+  const void* q;             // [T, H, Dh]: normed, turned and rounded
+  const void* keys;          // [num_pages, K, page_size, Dh]
+  const void* values;        // likewise
+  const int32_t* items;      // those for few rows: counts[1] of them
+  const int32_t* counts;
+  const int32_t* turns;      // rows to fold: counts[2] of them
+  const int32_t* parts;
+  const int32_t* tables;
+  const int32_t* last_keys;  // [T]
+  void* out;                 // [T, H, Dh]
+  float* sums;               // [.., H, Dh]: partial results, their products with V
+  float* softmaxes;          // [.., H, 2]: their maximum and their sum
   CudaType type, page_type;
   int64_t num_heads, num_kv_heads, head_dim, page_size, window;  // a window of 0 is none
-  float scale;                 // of the scores, log2(e) included
+  int64_t keys_of_tile, split;                                   // as the lists were made
+  float factor;              // scale * log2(e)
+  bool tree_sums;            // how the Triton beside it adds up within a thread
+  bool has_turns;            // whether there may be rows to fold
 };
 
 // Throws std::invalid_argument for what the kernels do not take, before anything is launched, and std::runtime_error
