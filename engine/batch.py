@@ -32,7 +32,8 @@ class TokenBatch:
     `plan` says which rows belong to which sequence, at which positions, and which pages hold their keys; every layer
     reads it. Training and scoring leave `kv` as None: keys and values then live only as long as a layer needs them.
     `scattered`: between matmuls each tensor-parallel rank keeps its share of the rows only (sequence parallel).
-    `context`: the tokens are those of a context-parallel rank, and the plan is that of its queries.
+    `context`: the tokens are those of a context-parallel rank, or of one of its lanes, and the plan is that of their
+    queries.
     """
 
     tokens: Tensor  # int32 [T]
@@ -60,9 +61,26 @@ class TokenBatch:
     ) -> TokenBatch:
         """Whole sequences, positions from 0, no cache: what training and scoring use, with the tokens on `device`. With
         a `context` of several ranks, the rows of them that this rank computes."""
+        (batch,) = cls.lanes(sequences, scattered, context, 1, device)
+        return batch
+
+    @classmethod
+    def lanes(
+        cls,
+        sequences: list[list[int]],
+        scattered: bool,
+        context: Group | None,
+        each: int,
+        device: torch.device = CPU,
+    ) -> list[TokenBatch]:
+        """The same rows as the lanes whose gradients are summed by themselves: `each` on each rank of `context`."""
         lengths = [len(s) for s in sequences]
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int32)
-        if context is not None and context.size > 1:
-            shard = ContextShard(context, deal_rows(lengths, context.size), lengths)
-            return cls(upload(tokens[shard.rows], device), shard.plan, scattered=scattered, context=shard)
-        return cls(upload(tokens, device), AttentionPlan.of_sequences(lengths), scattered=scattered)
+        context = context or Group("cp")
+        if context.size * each == 1:
+            return [cls(upload(tokens, device), AttentionPlan.of_sequences(lengths), scattered=scattered)]
+        shard = ContextShard(context, deal_rows(lengths, context.size * each), lengths)
+        return [
+            cls(upload(tokens[lane.rows], device), lane.plan, scattered=scattered, context=shard)
+            for lane in shard.lanes
+        ]

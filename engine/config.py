@@ -99,8 +99,10 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     residuals over tensor-parallel ranks (arXiv 2205.05198) in training and scoring. `schedule` is the pipeline's;
     "interleaved" puts `virtual_stages` chunks of layers on each rank (0: two). A gradient is summed in
     `gradient_lanes` lanes (0: one for each replica) that are folded in order, each of at least `micro_batches`
-    micro-batches where there are that many samples (0: 1 without a pipeline, 2 pp with one): lanes and micro-batches,
-    not ranks, decide its bits. `timeout_seconds` is how long a collective may wait.
+    micro-batches where there are that many samples (0: 1 without a pipeline, 2 pp with one). The tokens of a
+    micro-batch are summed in `context_lanes` lanes, a multiple of cp (0: one for each context-parallel rank); each of
+    them that a rank has beyond its first takes memory for all gradients once more. Lanes and micro-batches, not the
+    ranks of dp, pp and cp, decide a gradient's bits. `timeout_seconds` is how long a collective may wait.
     """
 
     dp: int = 0
@@ -112,13 +114,19 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     micro_batches: int = 0
     virtual_stages: int = 0
     gradient_lanes: int = 0
+    context_lanes: int = 0
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         for name, least in (("dp", 0), ("pp", 1), ("cp", 1), ("tp", 1), ("micro_batches", 0), ("virtual_stages", 0),
-                            ("gradient_lanes", 0)):  # fmt: skip
+                            ("gradient_lanes", 0), ("context_lanes", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"ParallelConfig.{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.context_lanes % self.cp:
+            raise ConfigError(
+                f"ParallelConfig.context_lanes is {self.context_lanes}, which cp = {self.cp} ranks cannot share; "
+                f"set it to a multiple of {self.cp}, or to 0 for one lane on each rank"
+            )
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f'ParallelConfig.schedule is "{self.schedule}"{nearest(self.schedule, list(SCHEDULES))}; there are '

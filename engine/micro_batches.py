@@ -57,6 +57,7 @@ class MicroBatches:
     def __init__(self, model: Transformer, config: ParallelConfig) -> None:
         self.model = model
         self.config = config
+        self.context_lanes = config.context_lanes or model.mesh.cp.size  # of all ranks, in gradients
 
     def learn(self, batches: list[list[Target]], loss: Loss, totals: Totals) -> list[list[Tensor]]:
         """Forwards and backwards; the log-probabilities of each sample's loss tokens, for each micro-batch. Adds what
@@ -82,7 +83,7 @@ class MicroBatches:
             return hidden.sum() * 0.0  # the stages before wait for a gradient
 
         with torch.inference_mode(False):
-            packed = [self._packed([target.inputs for target in targets]) for targets in batches]
+            packed = [self._packed([target.inputs for target in targets], self.context_lanes) for targets in batches]
             self._run(packed, finish, learns=True)
         outcome = (seen, values, failure and described(failure, "on the last pipeline stage"))
         seen, values, told = self._from_last_stage(outcome)
@@ -102,12 +103,13 @@ class MicroBatches:
             scored[number] = list(logprobs.cpu().split([len(s) - 1 for s in batches[number]]))
             return logprobs
 
-        packed = [self._packed([s[:-1] for s in sequences]) for sequences in batches]
+        num_lanes = self.model.mesh.cp.size
+        packed = [self._packed([s[:-1] for s in sequences], num_lanes) for sequences in batches]
         self._run(packed, finish, learns=False)
         scored = self._from_last_stage(scored)
         return [scored[number] for number in range(len(batches))]
 
-    def _run(self, batches: list[TokenBatch], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
+    def _run(self, batches: list[list[TokenBatch]], finish: Callable[[int, Tensor], Tensor], learns: bool) -> None:
         """Micro-batches through the stages of the pipeline, and back where there is something to learn.
         `finish(number, hidden)` makes a loss of the hidden states, on the last stage."""
         if not batches:
@@ -126,7 +128,7 @@ class MicroBatches:
         run_pipeline(plan, model.mesh.pp, forward, shapes, model.dtype, model.device)
 
     def _loss(
-        self, packed: TokenBatch, hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
+        self, packed: list[TokenBatch], hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of samples that share a micro-batch, from its hidden states [T, D], and the log-probabilities of
         their loss tokens."""
@@ -162,19 +164,21 @@ class MicroBatches:
         return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().cpu().split(counts))
 
     def _predictions(
-        self, packed: TokenBatch, hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None
+        self, packed: list[TokenBatch], hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [N] of `tokens` [N], which the micro-batch's `rows` [N] predict, from the hidden
         states of the rows that are here."""
-        choice = choose_rows(rows, packed.context)
+        choice = choose_rows(rows, packed[0].context)
         hidden = choice.take(hidden)  # [T, D] -> [rows of the N that are here, D]
         mine, device = choice.mine, self.model.device
         inverse = None if inverse is None else upload(inverse[mine], device)
-        return choice.whole(*self.model.token_logprob(hidden, upload(tokens[mine], device), inverse))
+        return choice.whole(*self.model.token_logprob(hidden, upload(tokens[mine], device), inverse, choice.counts))
 
-    def _packed(self, sequences: list[list[int]]) -> TokenBatch:
-        model = self.model
-        return TokenBatch.packed(sequences, model.placement.sequence_parallel, model.mesh.cp, model.device)
+    def _packed(self, sequences: list[list[int]], num_lanes: int) -> list[TokenBatch]:
+        """This rank's lanes of `num_lanes`."""
+        model, cp = self.model, self.model.mesh.cp
+        scattered = model.placement.sequence_parallel
+        return TokenBatch.lanes(sequences, scattered, cp, num_lanes // cp.size, model.device)
 
     def _from_last_stage(self, value: T) -> T:
         return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,42 +107,78 @@ class Transformer:
         serving = {OPS[name].chosen(self.dtype, self.device.type).name for name in ops}
         return serving == {"cpu"} if self.device.type == "cpu" else "torch" not in serving
 
-    def forward(self, batch: TokenBatch, stream: Tensor | None = None, chunk: int = 0) -> Tensor:
+    def forward(self, batch: TokenBatch | Sequence[TokenBatch], stream: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after the last norm, [T, D], all rows on every tensor-parallel rank.
 
         A chunk of a pipeline takes the residual stream of the chunk before it (the first takes none) and returns its
         own, [T, D], or this rank's share of the rows where the batch is scattered.
+
+        With several lanes (see `TokenBatch.lanes`) all of this is their rows, lane after lane, and the backward adds
+        what it has for a weight from lane i to the gradient of `Weight.lane(i)`.
         """
         here = self.chunks[chunk]
-        group, rows = self.mesh.tp, batch.scattered_rows
-        if here.first:
-            stream = vocabulary_embedding(batch.tokens, self.embed, self.vocabulary.first, group, rows)  # [T] -> [T, D]
-        assert stream is not None, "a chunk after the first takes the stream of the one before it"
-        x, delta = self._run(here.layers[0], stream, None, batch)
+        lanes = [batch] if isinstance(batch, TokenBatch) else batch
+        streams = self._embedded(lanes) if here.first else self._split(stream, lanes)
+        streams = self._run(here.layers[0], lanes, *streams, *[None] * len(lanes))
         for layer in here.layers[1:]:
-            x, delta = self._run(layer, x, delta, batch)
-        if not here.last:
-            return _sum(x, delta)
-        return all_rows(add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1], group, rows)  # [T, D]
+            streams = self._run(layer, lanes, *streams)
+        ends = zip(lanes, streams[: len(lanes)], streams[len(lanes) :], strict=True)
+        return _joined([self._end(here, number, *each) for number, each in enumerate(ends)])
 
-    def stream_shape(self, batch: TokenBatch) -> tuple[int, int]:
+    def stream_shape(self, batch: TokenBatch | Sequence[TokenBatch]) -> tuple[int, int]:
         """What passes from chunk to chunk: all rows, or this rank's share of them, [T or S, D]."""
-        rows = batch.num_tokens if batch.scattered_rows is None else -(-batch.scattered_rows // self.mesh.tp.size)
-        return rows, self.config.hidden_size
+        lanes = [batch] if isinstance(batch, TokenBatch) else batch
+        return sum(map(self._stream_rows, lanes)), self.config.hidden_size
 
     def token_logprob(
-        self, hidden: Tensor, targets: Tensor, inv_temperature: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        inv_temperature: Tensor | None = None,
+        lane_rows: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each target and entropy of its distribution: [N, D], int32 [N] -> [N], [N]; the same on
-        every tensor-parallel rank. See `kernels.token_logprob`."""
+        every tensor-parallel rank. See `kernels.token_logprob`. `lane_rows`: how many of the N rows are of each lane,
+        where there are several."""
         (hidden,) = self._told(0, hidden)
-        return vocabulary_logprob(hidden, self.head, targets, inv_temperature, self.vocabulary.first, self.mesh.tp)
+        first, group = self.vocabulary.first, self.mesh.tp
+        if lane_rows is None or len(lane_rows) == 1:
+            return vocabulary_logprob(hidden, self.head, targets, inv_temperature, first, group)
+        sizes = list(lane_rows)
+        inverse = [None] * len(sizes) if inv_temperature is None else inv_temperature.split(sizes)
+        lanes = enumerate(zip(hidden.split(sizes), targets.split(sizes), inverse, strict=True))
+        results = [vocabulary_logprob(x, self.head.lane(i), ids, scale, first, group) for i, (x, ids, scale) in lanes]
+        logprobs, entropy = zip(*results, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
 
-    def _run(self, layer: Layer, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        x, delta = self._told(self.has_last + len(self.layers) - 1 - layer.place, x, delta)
+    def _embedded(self, lanes: Sequence[TokenBatch]) -> list[Tensor]:
+        """The first residual stream of each lane, [T] -> [T, D]."""
+        first, group = self.vocabulary.first, self.mesh.tp
+        return [
+            vocabulary_embedding(lane.tokens, self.embed.lane(number), first, group, lane.scattered_rows)
+            for number, lane in enumerate(lanes)
+        ]
+
+    def _end(self, here: Chunk, number: int, lane: TokenBatch, x: Tensor, delta: Tensor) -> Tensor:
+        """What a chunk hands on of a lane."""
+        if not here.last:
+            return _sum(x, delta)
+        normed = add_rms_norm(x, delta, self.norm.lane(number), self.config.rms_norm_eps)[1]
+        return all_rows(normed, self.mesh.tp, lane.scattered_rows)  # [T, D]
+
+    def _split(self, stream: Tensor | None, lanes: Sequence[TokenBatch]) -> Sequence[Tensor]:
+        """The stream of the chunk before, lane by lane."""
+        assert stream is not None, "a chunk after the first takes the stream of the one before it"
+        return [stream] if len(lanes) == 1 else stream.split([self._stream_rows(lane) for lane in lanes])
+
+    def _stream_rows(self, lane: TokenBatch) -> int:
+        return lane.num_tokens if lane.scattered_rows is None else -(-lane.scattered_rows // self.mesh.tp.size)
+
+    def _run(self, layer: Layer, lanes: Sequence[TokenBatch], *streams: Tensor | None) -> list[Tensor]:
+        streams = self._told(self.has_last + len(self.layers) - 1 - layer.place, *streams)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, delta, batch, use_reentrant=False, preserve_rng_state=False)
-        return layer(x, delta, batch)
+            return checkpoint(layer, lanes, *streams, use_reentrant=False, preserve_rng_state=False)
+        return layer(lanes, *streams)
 
     def _told(self, bucket: int, *tensors: Any) -> Any:
         """The tensors, with a note in the graph: a backward that has come back to them is through with the bucket."""
@@ -234,6 +270,10 @@ class Transformer:
             tied = self.config.tie_word_embeddings  # then it is the embedding, or a copy that the first stage owns
             if not (self.has_first and tied):
                 yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _sum(x: Tensor, delta: Tensor) -> Tensor:

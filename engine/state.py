@@ -26,7 +26,7 @@ from engine.pieces import OTHER, Piece, PieceIndex, pieces_of, write_pieces
 from engine.trainer import Trainer
 
 T = TypeVar("T")
-FORMAT = 2
+FORMAT = 3
 OWNED = ("state.json", "state-*.safetensors")
 KEYS = {  # of state.json, and what they are
     "dtype": str,
@@ -35,6 +35,7 @@ KEYS = {  # of state.json, and what they are
     "num_accumulated": int,
     "has_moments": bool,
     "gradient_lanes": int,
+    "context_lanes": int,
     "tensors": dict,
     "files": list,
     "extra": dict,
@@ -69,6 +70,7 @@ def snapshot(trainer: Trainer, extra: dict[str, Any] | None = None) -> Snapshot:
         "num_accumulated": trainer.num_accumulated,
         "has_moments": optimizer.steps > 0,
         "gradient_lanes": trainer.gradient_lanes,
+        "context_lanes": trainer.context_lanes,
         "mesh": model.mesh.shape,
         "tensors": {name: list(shape) for name, shape in tensor_shapes(model.config).items()},
         "extra": extra,
@@ -136,7 +138,7 @@ def load_state(directory: str | Path, trainer: Trainer) -> dict[str, Any]:
     optimizer.interrupted = True  # until all is read
     trainer.zero_grad()
     optimizer.state = {}
-    _take_lanes(path, header["gradient_lanes"], trainer)
+    _take_lanes(path, header, trainer)
     with together(mesh.world):
         if header["has_moments"]:
             optimizer.allocate()
@@ -197,18 +199,24 @@ def _on_disk(replacement: Replacement, action: Callable[[], T]) -> T:
         raise write_error(error, replacement.target) from error
 
 
-def _take_lanes(path: Path, saved: int, trainer: Trainer) -> None:
-    """Goes on with the gradient lanes that the state was written with, unless the configuration names others, or they
-    would leave replicas without one."""
-    dp = trainer.model.mesh.dp.size
-    lanes = trainer.config.parallel.gradient_lanes or max(saved, dp)
-    if lanes != trainer.gradient_lanes:
-        trainer.gradient_lanes = lanes
-    if lanes != saved and trainer.model.mesh.is_main:
-        logger.warning(
-            "%s was written with %d gradient lanes and training goes on with %d: gradients are summed in another "
-            "order; set parallel.gradient_lanes to %d to keep their bits", path, saved, lanes, saved
-        )  # fmt: skip
+def _take_lanes(path: Path, header: dict[str, Any], trainer: Trainer) -> None:
+    """Goes on with the lanes that the state was written with, unless the configuration names others, or they would
+    leave replicas without one, or cannot be shared by the context-parallel ranks."""
+    mesh, parallel = trainer.model.mesh, trainer.config.parallel
+    gradient, context = header["gradient_lanes"], header["context_lanes"]
+    wanted = {
+        "gradient_lanes": parallel.gradient_lanes or max(gradient, mesh.dp.size),
+        "context_lanes": parallel.context_lanes or (mesh.cp.size if context % mesh.cp.size else context),
+    }
+    for name, lanes in wanted.items():
+        if lanes != getattr(trainer, name):
+            setattr(trainer, name, lanes)
+        if lanes != header[name] and mesh.is_main:
+            logger.warning(
+                "%s was written with %d %s and training goes on with %d: gradients are summed in another order; set "
+                "parallel.%s to %d to keep their bits",
+                path, header[name], name.replace("_", " "), lanes, name, header[name],
+            )  # fmt: skip
 
 
 def _dtype_name(trainer: Trainer) -> str:

@@ -75,6 +75,7 @@ class Trainer:
         self.num_accumulated = 0  # forward_backward calls since the last step
         model.checkpointing = config.activation_checkpointing
         self._lanes = config.parallel.gradient_lanes or model.mesh.dp.size
+        self._check_context_lanes(self.context_lanes)
         self.reducer = self._reducer()
         self.optimizer = AdamW(self.reducer.shares, config.optimizer)
 
@@ -94,11 +95,32 @@ class Trainer:
         self.reducer = self._reducer()
         self.optimizer.shares = self.reducer.shares
 
+    @property
+    def context_lanes(self) -> int:
+        """In how many lanes the tokens of a micro-batch are summed: for context parallelism what `gradient_lanes` is
+        for data parallelism."""
+        return self.micro_batches.context_lanes
+
+    @context_lanes.setter
+    def context_lanes(self, lanes: int) -> None:
+        self._check_context_lanes(lanes)
+        if self.num_accumulated:
+            raise EngineError("context_lanes cannot change between forward_backward and optim_step; step first")
+        self.micro_batches.context_lanes = lanes
+        self.reducer = self._reducer()
+        self.optimizer.shares = self.reducer.shares
+
+    def _check_context_lanes(self, lanes: int) -> None:
+        cp = self.model.mesh.cp.size
+        if lanes < 1 or lanes % cp:
+            raise InputError(f"context_lanes is {lanes}; it must be a multiple of the {cp} context-parallel ranks")
+
     def _reducer(self) -> GradientReducer:
         model, mesh, lanes = self.model, self.model.mesh, self._lanes
+        each = self.context_lanes // mesh.cp.size
         blocks, groups, tied = row_blocks(model.parts()), model.gradient_buckets(), model.tied_weights
-        shares = Shares(blocks, groups, mesh, in_place(mesh, lanes), tied)
-        reducer = GradientReducer(shares, mesh, lanes, model.partial_gradients(), tied)
+        shares = Shares(blocks, groups, mesh, in_place(mesh, lanes * each), tied)
+        reducer = GradientReducer(shares, mesh, lanes, model.partial_gradients(), tied, each)
         model.backward_passed = None if reducer.in_place else reducer.backward_passed
         return reducer
 

@@ -45,6 +45,7 @@ class Weight:
         self.data = zeros(storage_shape(self.shape, dtype, self.packed), dtype)
         self.grad: Tensor | None = None
         self._grad_source: tuple[Weight, int] | None = None  # whose gradient a slice shares, and from which row on
+        self._lanes: list[Weight] = []  # see `lane`: those after the first
 
     def __repr__(self) -> str:
         layout = "packed" if self.packed else "dense"
@@ -113,8 +114,15 @@ class Weight:
         part.name = self.name if rows == self.shape[0] else f"{self.name}[{row}:{end}]"
         part.shape = (rows, *self.shape[1:])
         part.data = self.data[row // PANEL : -(-end // PANEL)] if self.packed else self.data[row:end]
-        part.grad, part._grad_source = None, (self, row) if share_grad else None
+        part.grad, part._grad_source, part._lanes = None, (self, row) if share_grad else None, []
         return part
+
+    def lane(self, index: int) -> Weight:
+        """The same storage with gradient number `index`, for sums that are made side by side: lane 0 is the weight
+        itself, the others are made on first use and stay. `zero_grad` is for all of them."""
+        while len(self._lanes) < index:
+            self._lanes.append(self.slice(0, self.shape[0]))
+        return self._lanes[index - 1] if index else self
 
     def grad_buffer(self) -> Tensor:
         """`grad`, made of zeros on first use."""
@@ -126,10 +134,12 @@ class Weight:
         return self.grad
 
     def zero_grad(self) -> None:
-        """Fills `grad` with zeros and keeps its memory."""
+        """Fills `grad` with zeros and keeps its memory; those of other lanes too."""
         shared = self._grad_source is not None and self._grad_source[0].grad is not None
         if self.grad is not None or shared:
             self.grad_buffer().zero_()
+        for lane in self._lanes:
+            lane.zero_grad()
 
     def _check_rows(self, row: int, rows: int) -> None:
         if row < 0 or rows < 0 or row + rows > self.shape[0]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +22,7 @@ from engine.kernels.linear import weight_gradients_wait
 from engine.kernels.weight import Weight
 from engine.parallel.collectives import Pending, fold, start_all_to_all, start_receive, start_send
 from engine.parallel.mesh import Mesh
-from engine.parallel.ownership import Bucket, Shares
+from engine.parallel.ownership import Bucket, RowBlock, Shares
 from engine.parallel.tensor import sum_shared_rows
 
 
@@ -57,12 +59,20 @@ class GradientReducer:
     """
 
     def __init__(
-        self, shares: Shares, mesh: Mesh, num_lanes: int, partial: Sequence[SharedRows], tied: Sequence[Weight]
+        self,
+        shares: Shares,
+        mesh: Mesh,
+        num_lanes: int,
+        partial: Sequence[SharedRows],
+        tied: Sequence[Weight],
+        context_lanes: int = 1,
     ) -> None:
-        """`partial`: see `Transformer.partial_gradients`; `tied`: `Transformer.tied_weights`."""
+        """`partial`: see `Transformer.partial_gradients`; `tied`: `Transformer.tied_weights`. Each of the `num_lanes`
+        is made of `context_lanes` on every rank of `mesh.cp`, whose gradients are those of `Weight.lane`."""
         self.shares = shares
         self.mesh = mesh
-        self.in_place = in_place(mesh, num_lanes)
+        self.in_place = in_place(mesh, num_lanes * context_lanes)
+        self._here = range(context_lanes)
         self.partial = list(partial)
         self.buckets = shares.gradients
         self._tied = [self._own(weight) for weight in tied]
@@ -138,13 +148,20 @@ class GradientReducer:
         sizes = bucket.sizes(data.size)
         alive = data.index in self._live
         if alive:
-            sum_shared_rows([(_rows(shared), shared.holders) for shared in self._partial_of[index]], self.mesh.tp)
-            pieces = [b.weight.grad_buffer()[b.row : b.row + b.rows].reshape(-1) for b in bucket.blocks]
-            flat = torch.cat(pieces)
-            for block in bucket.blocks:
-                block.weight.grad_buffer()[block.row : block.row + block.rows].zero_()
+            partial = [
+                (_rows(shared, lane), shared.holders) for shared in self._partial_of[index] for lane in self._here
+            ]
+            sum_shared_rows(partial, self.mesh.tp)
+            # What goes to a rank is together: its blocks of lane 0, then those of lane 1, ...
+            by_rank = groupby(zip(bucket.owners, bucket.blocks, strict=True), key=itemgetter(0))
+            blocks = [[block for _, block in group] for _, group in by_rank]
+            pieces = [_rows(block, lane) for group in blocks for lane in self._here for block in group]
+            flat = torch.cat([piece.reshape(-1) for piece in pieces])
+            for piece in pieces:
+                piece.zero_()
         else:
             flat = bucket.blocks[0].weight.grad_buffer().view(-1)[:0]
+        sizes = [size * len(self._here) for size in sizes]
         receive = [sizes[data.index] if place in self._live else 0 for place in range(data.size)]
         pending = start_all_to_all(flat, data, sizes if alive else [0] * data.size, receive)
         self._under_way.append((bucket, pending))
@@ -153,7 +170,7 @@ class GradientReducer:
         """Adds the oldest exchange's lanes to the sum, in their order."""
         bucket, pending = self._under_way.popleft()
         sizes = [weight.grad_buffer().numel() for weight in bucket.own]
-        for lane in pending.wait().view(len(self._live), sum(sizes)):
+        for lane in pending.wait().view(len(self._live) * len(self._here), sum(sizes)):
             for weight, piece in zip(bucket.own, lane.split(sizes), strict=True):
                 weight.grad_buffer().view(-1).add_(piece)
 
@@ -217,5 +234,5 @@ class _Tell(torch.autograd.Function):
         return (None, *gradients)
 
 
-def _rows(shared: SharedRows) -> Tensor:
-    return shared.weight.grad_buffer()[shared.row : shared.row + shared.rows]
+def _rows(shared: SharedRows | RowBlock, lane: int = 0) -> Tensor:
+    return shared.weight.lane(lane).grad_buffer()[shared.row : shared.row + shared.rows]

@@ -86,8 +86,8 @@ def num_gradients(share: Share) -> int:
 
 
 def gradient_bytes(share: Share) -> int:
-    """Gradients of this rank's lane, fp32 and dense: 4 bytes x `num_gradients`."""
-    return FP32 * num_gradients(share)
+    """Gradients of this rank's lane, fp32 and dense: 4 bytes x `num_gradients`, for each context lane of it."""
+    return FP32 * num_gradients(share) * share.context_lanes
 
 
 def layer_activation_bytes(share: Share) -> int:

@@ -132,7 +132,7 @@ def num_lanes(share: Share) -> int:
 
 def adds_in_place(share: Share) -> bool:
     """Whether gradients add up where the backward leaves them: one lane and nobody to share with."""
-    return in_place(share.mesh, num_lanes(share))
+    return in_place(share.mesh, num_lanes(share) * share.context_lanes)
 
 
 def summed_elements(share: Share) -> int:
@@ -154,8 +154,9 @@ def optimizer_bytes(share: Share) -> int:
 
 def exchange_bytes(share: Share) -> int:
     """A bucket of gradients on its way, an estimate: 4 bytes x twice the elements of the largest, what leaves and what
-    comes of this rank's rows from all lanes of a round; none where nothing is exchanged."""
+    comes of this rank's rows from all lanes of a round, for each context lane; none where nothing is exchanged."""
     if adds_in_place(share):
         return 0
     of_layers = sum(weight.num_elements for weight in layer_weights(share))
-    return 2 * FP32 * max(of_layers, *(weight.num_elements for weight in end_weights(share)), 0)
+    largest = max(of_layers, *(weight.num_elements for weight in end_weights(share)), 0)
+    return 2 * FP32 * share.context_lanes * largest

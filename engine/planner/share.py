@@ -23,10 +23,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float64 is fo
 class Rows:
     """A context-parallel rank's part of a micro-batch."""
 
-    tokens: int  # T: rows it computes
-    keys: int  # rows whose keys and values it has gathered; 0 without context parallelism
+    lanes: tuple[int, ...]  # rows it computes, of each of its lanes
+    keys: int  # rows whose keys and values its lanes have gathered; 0 without context parallelism
     sent: int  # of its rows, those whose keys and values every other rank gets
     received: int  # rows of other ranks whose keys and values it gets
+
+    @property
+    def tokens(self) -> int:
+        """T: rows it computes."""
+        return sum(self.lanes)
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,14 @@ class Share:
     def rows(self) -> Rows:
         """What context parallelism deals to this rank: T of the micro-batch's tokens, and the keys it needs."""
         tokens, cp = self.config.train_batch_tokens, self.mesh.cp
-        if cp.size == 1:
-            return Rows(tokens, 0, 0, 0)
-        return dealt_rows(tokens, min(self.sequence_tokens, tokens), cp.size, cp.index)
+        if cp.size * self.context_lanes == 1:
+            return Rows((tokens,), 0, 0, 0)
+        return dealt_rows(tokens, min(self.sequence_tokens, tokens), cp.size, cp.index, self.context_lanes)
+
+    @property
+    def context_lanes(self) -> int:
+        """Lanes of a micro-batch on this rank, each with gradients of its own."""
+        return (self.config.parallel.context_lanes or self.mesh.cp.size) // self.mesh.cp.size
 
     @property
     def T(self) -> int:
@@ -125,20 +135,23 @@ class Share:
 
     @property
     def S(self) -> int:
-        """Rows that the rank keeps between matmuls: ceil(T / tp) under sequence parallelism, else T."""
-        return -(-self.T // self.mesh.tp.size) if self.placement.sequence_parallel else self.T
+        """Rows that the rank keeps between matmuls: of each lane ceil(T / tp) under sequence parallelism, else T."""
+        parts = self.mesh.tp.size if self.placement.sequence_parallel else 1
+        return sum(-(-rows // parts) for rows in self.rows.lanes)
 
 
 @lru_cache
-def dealt_rows(tokens: int, sequence_tokens: int, num_ranks: int, index: int) -> Rows:
+def dealt_rows(tokens: int, sequence_tokens: int, num_ranks: int, index: int, lanes: int) -> Rows:
     """One rank's rows of a micro-batch of equal sequences (the last is what is left over), as the engine deals them."""
     lengths = [sequence_tokens] * (tokens // sequence_tokens)
     lengths += [tokens % sequence_tokens] if tokens % sequence_tokens else []
-    deal = deal_rows(lengths, num_ranks)
+    deal = deal_rows(lengths, num_ranks * lanes)
+    here = deal.segments[index * lanes : (index + 1) * lanes]
     travelling = sum(length for length, cut in zip(lengths, deal.cut, strict=True) if cut)
-    whole = _staying(deal.segments[index], lengths, deal.cut)
-    own = sum(end - begin for begin, end in deal.segments[index])
-    return Rows(tokens=own, keys=travelling + whole, sent=own - whole, received=travelling - (own - whole))
+    whole = sum(_staying(segments, lengths, deal.cut) for segments in here)
+    own = tuple(sum(end - begin for begin, end in segments) for segments in here)
+    sent = sum(own) - whole
+    return Rows(own, keys=lanes * travelling + whole, sent=sent, received=travelling - sent)
 
 
 def _staying(segments: list[tuple[int, int]], lengths: list[int], cut: list[bool]) -> int:

@@ -97,8 +97,8 @@ def keys_bytes(share: Share) -> int:
 
 
 def keys_gradient_bytes(share: Share) -> int:
-    """Gradients of others' keys and values, back to them: e x 2 K Dh for each row received."""
-    return share.rows.received * 2 * share.K * share.Dh * share.e
+    """Gradients of others' keys and values, back to them: e x 2 K Dh for each row received and each lane."""
+    return share.context_lanes * share.rows.received * 2 * share.K * share.Dh * share.e
 
 
 def results_bytes(share: Share) -> int:
@@ -123,10 +123,11 @@ def shared_gradient_bytes(share: Share) -> int:
 
 
 def gradient_reduce_bytes(share: Share) -> int:
-    """One lane's gradients to the ranks that step their rows: 4 bytes x (elements - this rank's)."""
+    """One lane's gradients to the ranks that step their rows: 4 bytes x (elements - this rank's), for each context lane
+    of it."""
     if optimizer.adds_in_place(share):
         return 0
-    return FP32 * (num_gradients(share) - optimizer.summed_elements(share))
+    return FP32 * share.context_lanes * (num_gradients(share) - optimizer.summed_elements(share))
 
 
 def weight_gather_bytes(share: Share) -> int:
@@ -170,7 +171,7 @@ def step_traffic(share: Share, micro_batches: int) -> list[Traffic]:
         Traffic(
             "gradients of shared rows",
             "tp",
-            (1 if optimizer.adds_in_place(share) else lanes) * shared_gradient_bytes(share),
+            (1 if optimizer.adds_in_place(share) else lanes * share.context_lanes) * shared_gradient_bytes(share),
         ),
         Traffic("keys, values and results", "cp", micro_batches * keys),
         Traffic("gradients of keys and values", "cp", micro_batches * num_layers * keys_gradient_bytes(share)),

@@ -57,7 +57,7 @@ class Flight:
     @property
     def num_rows(self) -> int:
         """Rows that this rank computes."""
-        return len(self.tokens) if self.context is None else self.context.plan.num_tokens
+        return len(self.tokens) if self.context is None else self.context.lanes[0].plan.num_tokens
 
     def results(self) -> Drawn:
         """The sampled tokens; waits for them."""
@@ -167,9 +167,9 @@ class Runner:
 
     def _forward(self, flight: Flight, chunk: int, stream: Tensor | None) -> Tensor:
         if flight.context is not None:  # so many rows that nothing is won by a recording
-            tokens = torch.from_numpy(flight.tokens)[flight.context.rows]
-            tokens = upload(tokens, self.model.device)
-            batch = TokenBatch(tokens, flight.context.plan, KVView(self.keys, self.values), context=flight.context)
+            (lane,) = flight.context.lanes
+            tokens = upload(torch.from_numpy(flight.tokens)[lane.rows], self.model.device)
+            batch = TokenBatch(tokens, lane.plan, KVView(self.keys, self.values), context=flight.context)
             return self.model.forward(batch, stream, chunk)
         total = len(flight.tokens)
         self._plan.build(*flight.plan, self.page_size)

@@ -88,25 +88,43 @@ def test_a_rank_holds_keys_of_cut_sequences_and_of_its_own() -> None:
     lengths = [40, 4000, 40, 40, 40]
     deal = deal_rows(lengths, 2)
     shards = [ContextShard(Group("cp", (0, 1), index), deal, lengths) for index in range(2)]
-    assert [shard.num_keys for shard in shards] == [4080, 4080]
+    lanes = [lane for shard in shards for lane in shard.lanes]
+    assert [lane.num_keys for lane in lanes] == [4080, 4080]
     assert [shard.counts for shard in shards] == [[2000, 2000]] * 2
-    assert torch.equal(torch.cat([shard.rows for shard in shards]).sort().values, torch.arange(sum(lengths)))
-    for index, shard in enumerate(shards):
-        assert shard.plan.num_tokens == len(shard.rows)
-        assert (shard.owner[shard.rows] == index).all()
+    assert torch.equal(torch.cat([lane.rows for lane in lanes]).sort().values, torch.arange(sum(lengths)))
+    for index, lane in enumerate(lanes):
+        assert lane.plan.num_tokens == len(lane.rows)
+        assert (shards[0].owner[lane.rows] == index).all()
+
+
+def test_a_rank_plays_the_lanes_that_ranks_of_their_own_would() -> None:
+    lengths = [40, 4000, 40, 40, 40]
+    deal = deal_rows(lengths, 4)
+    apart = [ContextShard(Group("cp", (0, 1, 2, 3), index), deal, lengths) for index in range(4)]
+    together = [ContextShard(Group("cp", (0, 1), index), deal, lengths) for index in range(2)]
+    assert [shard.first_lane for shard in together] == [0, 2]
+    assert together[0].counts == [apart[0].counts[0] + apart[0].counts[1], apart[0].counts[2] + apart[0].counts[3]]
+    for ours, alone in zip((lane for shard in together for lane in shard.lanes), apart, strict=True):
+        (lane,) = alone.lanes
+        assert ours.num_keys == lane.num_keys
+        for name in ("rows", "moving", "staying", "received_at", "staying_at"):
+            assert torch.equal(getattr(ours, name), getattr(lane, name)), name
 
 
 def test_chosen_rows_are_found_where_they_are() -> None:
     lengths = [9, 4000, 7]
     deal = deal_rows(lengths, 2)
     rows = torch.tensor([0, 8, 9, 1500, 3000, 4008, 4015])
-    found = []
-    for index in range(2):
-        shard = ContextShard(Group("cp", (0, 1), index), deal, lengths)
-        choice = choose_rows(rows, shard)
-        assert torch.equal(shard.rows[choice.local], rows[choice.mine])
-        found.append(choice.mine)
-    assert torch.equal(torch.cat(found).sort().values, torch.arange(len(rows)))
+    for ranks in ((0, 1), (0,)):  # each with a lane, one with both
+        found = []
+        for index in ranks:
+            shard = ContextShard(Group("cp", ranks, index), deal, lengths)
+            choice = choose_rows(rows, shard)
+            here = torch.cat([lane.rows for lane in shard.lanes])
+            assert torch.equal(here[choice.local], rows[choice.mine])
+            assert sum(choice.counts) == len(choice.mine)
+            found.append(choice.mine)
+        assert torch.equal(torch.cat(found).sort().values, torch.arange(len(rows)))
 
 
 # ---- the engine ----
@@ -281,7 +299,7 @@ def sample(dtype: str, single: bool, parallel: dict[str, Any], **sizes: Any) -> 
         "top": [c.top_logprobs for c in completions],
         "sampled": [c.logprobs for c in completions],
         "samples": samples,
-        "shares": [len(share.rows) for share in shares],
+        "shares": [len(share.lanes[0].rows) for share in shares],
     }
 
 

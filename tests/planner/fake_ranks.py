@@ -89,14 +89,15 @@ def measure(
         length = sequence_tokens or whole
         share = Share(model, config, placement, length)
         sequences = [[i % model.vocab_size for i in range(min(length, whole - at))] for at in range(0, whole, length)]
-        batch = TokenBatch.packed(sequences, scattered, mesh.cp)
+        batch = TokenBatch.lanes(sequences, scattered, mesh.cp, share.context_lanes)
         stream = None if share.is_first else torch.randn(share.S, share.D).to(built.dtype).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = built.forward(batch, stream)
             if built.chunks[0].last:
-                choice = choose_rows(torch.arange(whole), batch.context)
-                targets, temperature = torch.zeros(batch.num_tokens, dtype=torch.int32), torch.ones(batch.num_tokens)
-                out = torch.stack(choice.whole(*built.token_logprob(choice.take(out), targets, temperature)))
+                choice = choose_rows(torch.arange(whole), batch[0].context)
+                targets, temperature = torch.zeros(share.T, dtype=torch.int32), torch.ones(share.T)
+                predicted = built.token_logprob(choice.take(out), targets, temperature, choice.counts)
+                out = torch.stack(choice.whole(*predicted))
         forward, sent[0] = sent[0], 0
         out.float().sum().backward()
         saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept.values()}

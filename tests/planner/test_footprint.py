@@ -108,12 +108,13 @@ def test_activation_bytes_equal_what_autograd_saves(
 
 
 @needs_extension
+@pytest.mark.parametrize("lanes", [2, 4])
 @pytest.mark.parametrize("sequence_tokens", [64, 40, 16], ids=["one cut", "several", "none cut"])
 def test_context_parallel_activations_equal_what_autograd_saves(
-    sequence_tokens: int, monkeypatch: pytest.MonkeyPatch
+    sequence_tokens: int, lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_config("LlamaForCausalLM")
-    config = EngineConfig(parallel=ParallelConfig(dp=1, cp=2, tp=2), train_batch_tokens=64)
+    config = EngineConfig(parallel=ParallelConfig(dp=1, cp=2, tp=2, context_lanes=lanes), train_batch_tokens=64)
     for rank in (0, 2):
         found = measure(model, config, rank, monkeypatch, sequence_tokens)
         assert found.saved_bytes == footprint.chunk_activation_bytes(found.share, 0), f"rank {rank}"

@@ -29,11 +29,12 @@ MESHES = [
     ParallelConfig(dp=2, tp=4),
     ParallelConfig(dp=2, pp=2, tp=2),
     ParallelConfig(dp=1, cp=2, pp=3),
+    ParallelConfig(dp=1, cp=2, context_lanes=4),
 ]
 
 
 def shares_of(model: Transformer, lanes: int) -> Shares:
-    """As the trainer makes them."""
+    """As the trainer makes them: `lanes` of gradients times those of contexts on a rank."""
     blocks, groups = row_blocks(model.parts()), model.gradient_buckets()
     return Shares(blocks, groups, model.mesh, in_place(model.mesh, lanes), model.tied_weights)
 
@@ -52,7 +53,7 @@ def test_optimizer_of_every_rank_has_the_planned_bytes(
     for rank in range(world_size(parallel)):
         share = share_of(config, engine_config, rank)
         model = Transformer(config, DTYPES[dtype], share.placement)
-        shares = shares_of(model, optimizer.num_lanes(share))
+        shares = shares_of(model, optimizer.num_lanes(share) * share.context_lanes)
         adamw = AdamW(shares, OptimizerConfig())
         adamw.allocate()
         kept = [t for m in adamw.state.values() for t in (m.master, m.exp_avg, m.exp_avg_sq)]
@@ -115,8 +116,9 @@ def _sent(config: ModelConfig, parallel: ParallelConfig, rank: int, monkeypatch:
         patch.setattr(dist, "all_to_all_single", exchanged)
         patch.setattr(dist, "isend", sending)
         model = Transformer(config, torch.bfloat16, Placement(mesh, 1, parallel.tp > 1))
-        shares = shares_of(model, parallel.dp)
-        reducer = GradientReducer(shares, mesh, parallel.dp, model.partial_gradients(), model.tied_weights)
+        each = max(1, parallel.context_lanes // parallel.cp)
+        shares = shares_of(model, parallel.dp * each)
+        reducer = GradientReducer(shares, mesh, parallel.dp, model.partial_gradients(), model.tied_weights, each)
         reducer.begin()
         reducer.begin_lane(1, [True] * parallel.dp)
         reducer.finish_lane()

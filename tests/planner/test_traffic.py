@@ -41,10 +41,13 @@ def test_tensor_parallel_traffic_of_a_micro_batch_is_what_is_sent(
             assert planned["forward: rows and partial sums"] == found.forward_bytes
 
 
+@pytest.mark.parametrize("lanes", [2, 4])
 @pytest.mark.parametrize("sequence_tokens", [64, 40, 16], ids=["one cut", "several", "none cut"])
-def test_context_parallel_traffic_is_what_is_sent(sequence_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_parallel_traffic_is_what_is_sent(
+    sequence_tokens: int, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_config("LlamaForCausalLM")
-    config = EngineConfig(parallel=ParallelConfig(dp=1, cp=2), train_batch_tokens=64)
+    config = EngineConfig(parallel=ParallelConfig(dp=1, cp=2, context_lanes=lanes), train_batch_tokens=64)
     for rank in range(2):
         found = measure(model, config, rank, monkeypatch, sequence_tokens)
         items = [item for item in traffic.step_traffic(found.share, micro_batches=1) if item.axis == "cp"]
