@@ -63,7 +63,8 @@ class BuildExtension(build_ext):
         """nvcc compiles the kernels, for the host's compiler to link with the static CUDA runtime: the installed
         extension needs a driver and nothing else."""
         ext.extra_objects = [f"{self.build_temp}/{Path(source).with_suffix('.o')}" for source in CUDA_KERNELS]
-        changed = [pair for pair in zip(CUDA_KERNELS, ext.extra_objects) if needs_recompile(pair[1], pair[0])]
+        pairs = zip(CUDA_KERNELS, ext.extra_objects, strict=True)
+        changed = [(source, target) for source, target in pairs if needs_recompile(target, source)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(nvcc, changed))
         ext.library_dirs += [str(path) for path in cuda_libraries()]

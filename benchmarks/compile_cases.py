@@ -23,7 +23,6 @@ from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.swiglu import swiglu
 from engine.kernels.triton.launch import Launch, collecting
 from engine.kernels.weight import Weight
-from engine.kernels.weight import Weight
 
 WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
 TOKENS, PAGE_SIZE = 512, 16
