@@ -15,12 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.adamw import adamw_, squared_norm
 from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
 from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES
+from engine.kernels.embedding import embedding
 from engine.kernels.linear import linear
 from engine.kernels.op import OPS, use_backend
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
+from engine.kernels.shard_logprob import fold_statistics, shard_logprob_backward, shard_statistics
 from engine.kernels.swiglu import swiglu
+from engine.kernels.token_logprob import token_logprob
 from engine.kernels.triton.launch import Launch, collecting
 from engine.kernels.weight import Weight
 
@@ -105,6 +109,37 @@ def _linear(dtype: torch.dtype) -> None:
     linear(x[:TOKENS].detach(), _matrix(dtype, VOCABULARY), out_dtype=torch.float32)
 
 
+def _adamw(dtype: torch.dtype) -> None:
+    weight, master = _matrix(dtype), torch.empty(WIDTH, WIDTH)
+    settings = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    adamw_(weight, master, torch.empty_like(master), torch.empty_like(master), step=1, **settings)
+    squared_norm(master)
+
+
+def _embedding(dtype: torch.dtype) -> None:
+    table, tokens = Weight("table", (VOCABULARY, WIDTH), dtype, packed=False), torch.zeros(TOKENS, dtype=torch.int32)
+    for first_row in (None, VOCABULARY):
+        out = embedding(tokens, table, first_row)
+        out.backward(torch.empty_like(out))
+
+
+def _token_logprob(dtype: torch.dtype) -> None:
+    hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    targets, inverse = torch.zeros(TOKENS, dtype=torch.int32), torch.empty(TOKENS)
+    for inv_temperature in (None, inverse):
+        logprobs, entropy = token_logprob(hidden, _matrix(dtype, VOCABULARY), targets, inv_temperature)
+        (logprobs.sum() + entropy.sum()).backward()
+
+
+def _shard_logprob(dtype: torch.dtype) -> None:
+    """Eight shards."""
+    logits, targets = torch.empty(TOKENS, VOCABULARY // 8), torch.zeros(TOKENS, dtype=torch.int32)
+    inverse = torch.empty(TOKENS)
+    statistics = shard_statistics(logits, targets[:, None], inverse)
+    _, entropy, stats = fold_statistics(torch.stack([statistics] * 8))
+    shard_logprob_backward(logits, targets, inverse, stats, entropy, inverse, inverse, dtype)
+
+
 def _rms_norm(dtype: torch.dtype) -> None:
     x = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     weight = _vector(dtype)
@@ -114,9 +149,13 @@ def _rms_norm(dtype: torch.dtype) -> None:
 
 
 RUN: dict[str, Callable[[torch.dtype], None]] = {
+    "adamw": _adamw,
+    "embedding": _embedding,
     "linear": _linear,
     "rms_norm": _rms_norm,
     "attention": _attention,
     "attention_e4m3": _attention_e4m3,
+    "shard_logprob": _shard_logprob,
     "swiglu": _swiglu,
+    "token_logprob": _token_logprob,
 }

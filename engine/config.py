@@ -88,6 +88,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+KV_DTYPE_NAMES = ("auto", "fp8_e4m3")  # "auto" is the model's own
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
@@ -162,6 +163,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     trained log-probabilities are float64 too; tokens are drawn from logits rounded to float32, and
     `Completion.logprobs` are those), and it is not exact.
 
+    `kv_dtype` is what keys and values are rounded to and kept in: "auto", the model's dtype, or "fp8_e4m3", which takes
+    half the room of bfloat16. Scoring and training round alike, so log-probabilities still agree to the bit.
+
     `kv_tokens` is the size of the KV pool in tokens; `page_size` a multiple of 16; `max_batch_tokens` the most tokens
     of one sampling step (prompts longer than it are prefilled in chunks); `max_seqs` the most sequences of one step;
     `train_batch_tokens` the most tokens of one training micro-batch (a longer single sample has one to itself).
@@ -170,6 +174,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     device: str = "auto"
     dtype: str = "bfloat16"
+    kv_dtype: str = "auto"
     kv_tokens: int = 65536
     page_size: int = 16
     max_batch_tokens: int = 2048
@@ -184,6 +189,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f'EngineConfig.dtype is "{self.dtype}"; the engine offers {", ".join(DTYPES)}')
+        if self.kv_dtype not in KV_DTYPE_NAMES:
+            raise ConfigError(
+                f'EngineConfig.kv_dtype is "{self.kv_dtype}"{nearest(self.kv_dtype, list(KV_DTYPE_NAMES))}; there are '
+                f"{', '.join(KV_DTYPE_NAMES)}"
+            )
         if self.device not in DEVICES:
             raise ConfigError(
                 f'EngineConfig.device is "{self.device}"{nearest(self.device, list(DEVICES))}; there are '

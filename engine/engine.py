@@ -13,14 +13,14 @@ import torch
 from engine.atomic import recover
 from engine.checkpoint import load_weights, read_config, save_pretrained
 from engine.config import EngineConfig, ModelConfig
-from engine.errors import CapacityError, EngineError, InputError
-from engine.kernels.device import choose_device
-from engine.kernels.dtypes import MODEL_DTYPES
+from engine.errors import CapacityError, ConfigError, EngineError, InputError
+from engine.kernels.device import check_kernels, choose_device
+from engine.kernels.dtypes import KV_DTYPES, MODEL_DTYPES
 from engine.kernels.op import cpu_missing, extension, triton_missing
 from engine.log import logger
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
-from engine.parallel.launch import local_rank, ranks_on_this_machine
+from engine.parallel.launch import connects_gpus, local_rank, ranks_on_this_machine
 from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.ranks import Ranks
 from engine.parallel.shards import Placement
@@ -308,9 +308,16 @@ def _placement(config: EngineConfig, mesh: Mesh | None) -> Placement:
 
 
 def _model(model_config: ModelConfig, config: EngineConfig, placement: Placement) -> Transformer:
-    dtype = MODEL_DTYPES[config.dtype]
-    with choose_device(config.device, dtype, local_rank()):
-        return Transformer(model_config, dtype, placement)
+    dtype, kv_dtype = MODEL_DTYPES[config.dtype], KV_DTYPES[config.kv_dtype]
+    device = choose_device(config.device, dtype, local_rank())
+    check_kernels(device, dtype, kv_dtype)
+    if device.type == "cuda" and placement.mesh.world.size > 1 and not connects_gpus():
+        raise ConfigError(
+            "the program has connected the ranks without NCCL, by which the memory of GPUs travels; leave that to "
+            'the engine, or init_process_group("cpu:gloo,cuda:nccl")'
+        )
+    with device:
+        return Transformer(model_config, dtype, placement, kv_dtype)
 
 
 def _set_threads(threads: int) -> None:

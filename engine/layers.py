@@ -66,11 +66,19 @@ class Attention:
     """Grouped-query attention (arXiv 2305.13245) with rotary positions; one fused matrix for q, k and v."""
 
     def __init__(
-        self, name: str, config: ModelConfig, row: Architecture, rope: Tensor, dtype: torch.dtype, mesh: Mesh
+        self,
+        name: str,
+        config: ModelConfig,
+        row: Architecture,
+        rope: Tensor,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.shard = head_shard(config, mesh.tp.size, mesh.tp.index)
         heads, kv_heads, width = self.shard.heads.size, self.shard.kv_heads.size, config.head_dim
-        self.spec = AttentionSpec(heads, kv_heads, width, window=row.window(config), eps=config.rms_norm_eps)
+        window, eps = row.window(config), config.rms_norm_eps
+        self.spec = AttentionSpec(heads, kv_heads, width, window=window, eps=eps, kv_dtype=kv_dtype)
         self.rope = rope
         columns = (heads + 2 * kv_heads) * width
         self.qkv = ColumnLinear(f"{name}.qkv_proj", columns, config.hidden_size, row.has_qkv_bias(config), dtype, mesh)
@@ -115,13 +123,14 @@ class Layer:
         rope: Tensor,
         dtype: torch.dtype,
         mesh: Mesh,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         name = f"model.layers.{index}"
         self.index = index
         self.place = place
         self.eps = config.rms_norm_eps
         self.input_norm = vector(f"{name}.input_layernorm.weight", config.hidden_size, dtype)
-        self.attention = Attention(f"{name}.self_attn", config, row, rope, dtype, mesh)
+        self.attention = Attention(f"{name}.self_attn", config, row, rope, dtype, mesh, kv_dtype)
         self.post_norm = vector(f"{name}.post_attention_layernorm.weight", config.hidden_size, dtype)
         self.feed_forward = FeedForward(f"{name}.mlp", config, row, dtype, mesh)
 

@@ -55,7 +55,14 @@ class Transformer:
     """A decoder-only transformer, or the part of it that a rank holds, on the device that is torch's default while it
     is made (`with torch.device(...)`). Weights are made uninitialised: `initialize` or a checkpoint fills them."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, placement: Placement | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        placement: Placement | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`kv_dtype`: see `AttentionSpec`."""
         self.placement = placement = placement or Placement()
         mesh = placement.mesh
         row = architecture_of(config)
@@ -74,7 +81,7 @@ class Transformer:
         self.chunks: list[Chunk] = []
         for number, layers in enumerate(ranges):
             here = [
-                Layer(index, len(self.layers) + place, config, row, rope, dtype, mesh)
+                Layer(index, len(self.layers) + place, config, row, rope, dtype, mesh, kv_dtype)
                 for place, index in enumerate(layers)
             ]
             self.layers += here
@@ -103,7 +110,8 @@ class Transformer:
     @property
     def recordable(self) -> bool:
         """Whether a graph can record the forward: C++ kernels run all of its ops on a CPU, or kernels on a GPU do."""
-        ops = ("embedding", "rms_norm", "linear", "attention", "swiglu")
+        attention = "attention" if self.layers[0].attention.spec.kv_dtype is None else "attention_e4m3"
+        ops = ("embedding", "rms_norm", "linear", attention, "swiglu")
         serving = {OPS[name].chosen(self.dtype, self.device.type).name for name in ops}
         return serving == {"cpu"} if self.device.type == "cpu" else "torch" not in serving
 

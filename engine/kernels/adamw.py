@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
-from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES, wide_dtype
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import Weight
 
 
@@ -40,13 +40,15 @@ def adamw_(
     if step < 1:
         raise InputError(f"step is {step}; the first step is 1")
     for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        check(name, tensor, weight.shape, wide_dtype(weight.dtype))
+        check(name, tensor, weight.shape, wide_dtype(weight.dtype), weight.data.device)
     settings = (learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step)
     ADAMW["step", weight.data](weight, master, exp_avg, exp_avg_sq, *settings)
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Sum of the squares of a contiguous float32 or float64 tensor, in float64: the same for any number of threads."""
+    """Sum of the squares of a contiguous float32 or float64 tensor, in float64: the same for any number of threads.
+
+    On a GPU it waits for the result."""
     check("tensor", tensor, (None,) * tensor.dim(), wide_dtype(tensor.dtype))
     return ADAMW["squared_norm", tensor](tensor)
 
@@ -92,6 +94,7 @@ ADAMW = Op(
     "adamw",
     [
         cpu_backend({"step": _step_cpu, "squared_norm": _squared_norm_cpu}, KERNEL_DTYPES),
+        triton_backend("adamw", "step", "squared_norm", dtypes=TRITON_DTYPES),
         Backend("torch", {"step": _step_torch, "squared_norm": _squared_norm_torch}),
     ],
 )

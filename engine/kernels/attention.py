@@ -16,9 +16,9 @@ from engine.errors import InputError
 from engine.kernels import attention_definition
 from engine.kernels.attention_pages import ATTENTION_DTYPES, AttentionSpec, allocate_pages, depth_of, page_columns
 from engine.kernels.attention_plan import AttentionPlan
-from engine.kernels.dtypes import wide_dtype
+from engine.kernels.dtypes import TRITON_DTYPES, wide_dtype
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import DTYPES, Weight
 
 __all__ = ["AttentionPlan", "AttentionSpec", "allocate_pages", "attention"]
@@ -207,8 +207,10 @@ _TORCH = Backend(
     "torch", {"forward": attention_definition.forward, "backward": attention_definition.backward}, exact=False
 )
 
-OP = Op("attention", [cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES), _TORCH])
-OP_E4M3 = Op("attention_e4m3", [_TORCH])  # keys and values in float8_e4m3fn
+_TRITON = triton_backend("attention", "forward", "backward", dtypes=TRITON_DTYPES)
+
+OP = Op("attention", [cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES), _TRITON, _TORCH])
+OP_E4M3 = Op("attention_e4m3", [_TRITON, _TORCH])  # keys and values in float8_e4m3fn
 
 
 def _op(spec: AttentionSpec) -> Op:

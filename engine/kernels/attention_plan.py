@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.attention_pages import BLOCK, TEMPORARY_PAGE
 from engine.kernels.op import cpu_missing, extension
+
+if TYPE_CHECKING:
+    from engine.kernels.triton.attention_plan import DevicePlan
 
 
 class AttentionPlan:
@@ -31,6 +35,7 @@ class AttentionPlan:
         self.num_tokens = 0
         self.num_pages = 0  # one more than the largest page named
         self.page_size = BLOCK
+        self._on_device: dict[torch.device, DevicePlan] = {}
 
     @classmethod
     def of_sequences(cls, lengths: Sequence[int]) -> AttentionPlan:
@@ -109,6 +114,15 @@ class AttentionPlan:
                 self.native.build_segments(kv.native, begins.data_ptr(), ends.data_ptr(), begins.shape[0])
             except ValueError as error:
                 raise InputError(str(error)) from None
+
+    def on_device(self, device: torch.device) -> DevicePlan:
+        """The plan as the kernels of that device read it, up to date. Made once for each device."""
+        from engine.kernels.triton.attention_plan import DevicePlan
+
+        if device not in self._on_device:
+            self._on_device[device] = DevicePlan(self, device)
+        self._on_device[device].upload(self)
+        return self._on_device[device]
 
     def rows(self) -> Tensor:
         """Which row of `kv_plan` each query is, int64 [T]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.errors import ConfigError
+from engine.kernels.attention import OP_E4M3
 from engine.kernels.linear import OP as LINEAR
 
 
@@ -13,7 +14,7 @@ def choose_device(name: str, dtype: torch.dtype, local_rank: int = 0) -> torch.d
     those that torch sees, which becomes torch's current one.
 
     "auto" takes a GPU where there is one; a float64 model stays on the CPU, where its definitions run. Raises
-    ConfigError where there is no such device, or no kernel for the dtype on it.
+    ConfigError where there is no such device.
     """
     wide = dtype == torch.float64
     if name == "cpu" or (name == "auto" and (wide or not torch.cuda.is_available())):
@@ -26,12 +27,17 @@ def choose_device(name: str, dtype: torch.dtype, local_rank: int = 0) -> torch.d
                 'EngineConfig.device to "cpu" or "auto"'
             )
         torch.cuda.set_device(device)
-    if dtype == torch.float16 and LINEAR.chosen(dtype, device.type).name == "torch":
-        raise ConfigError(
-            f'EngineConfig.dtype is "float16", which no kernel computes in on the {device.type}; use "bfloat16" there '
-            "(python -m engine ops says what computes in what)"
-        )
     return device
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+    """Refuses what only torch definitions would compute, slowly and not exactly: a float16 model, and keys and values
+    of another dtype than the model's, where there are no kernels for them. Raises ConfigError."""
+    where = f"no kernel for that on the {device.type} (python -m engine ops says what there is)"
+    if dtype == torch.float16 and LINEAR.chosen(dtype, device.type).name == "torch":
+        raise ConfigError(f'EngineConfig.dtype is "float16", and there is {where}; use "bfloat16"')
+    if kv_dtype is not None and OP_E4M3.chosen(dtype, device.type).name == "torch":
+        raise ConfigError(f'EngineConfig.kv_dtype is "fp8_e4m3", and there is {where}; use "auto"')
 
 
 def _gpu(name: str, local_rank: int) -> torch.device:

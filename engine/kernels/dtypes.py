@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.config import DTYPES
+from engine.config import DTYPES, KV_DTYPE_NAMES
 
 KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/common.h numbers them
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODEL_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+KV_DTYPES: dict[str, torch.dtype | None] = dict(zip(KV_DTYPE_NAMES, (None, torch.float8_e4m3fn), strict=True))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

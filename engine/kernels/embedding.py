@@ -12,9 +12,9 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
-from engine.kernels.dtypes import KERNEL_DTYPES
+from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import Weight
 
 # Weights are no autograd leaves (their gradients go to Weight.grad_buffer()) and ids have none; a graph needs a root.
@@ -29,9 +29,10 @@ def embedding(tokens: Tensor, weight: Weight, first_row: int | None = None) -> T
 
     With grad enabled the result requires grad, and its backward adds each token's gradient, in the order of the
     tokens, to `weight.grad_buffer()`. Without `first_row`, raises InputError for an id outside the vocabulary (a
-    recorded call raises IndexError when it is replayed). Raises InputError for a negative `first_row`.
+    recorded call raises IndexError when it is replayed); ids on a GPU are not read back, and such an id's row is NaN.
+    Raises InputError for a negative `first_row` and for tokens on another device than the weight.
     """
-    check("tokens", tokens, (None,), torch.int32)
+    check("tokens", tokens, (None,), torch.int32, weight.data.device)
     if first_row is not None and first_row < 0:
         raise InputError(f"first_row is {first_row}; a shard begins at row 0 of its table or after it")
     if torch.is_grad_enabled():
@@ -101,6 +102,7 @@ EMBEDDING = Op(
     "embedding",
     [
         cpu_backend({"forward": _forward_cpu, "backward": _backward_cpu}, KERNEL_DTYPES),
+        triton_backend("embedding", "forward", "backward", dtypes=TRITON_DTYPES),
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}),
     ],
 )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check
-from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES, wide_dtype
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.token_logprob import logits_gradient_cpu
 
 
@@ -31,13 +31,14 @@ def shard_statistics(logits: Tensor, targets: Tensor, inv_temperature: Tensor | 
     `logits` float32 (or float64) [R, V]; `targets` int32 [R, n], columns of this shard or -1 where the target is in
     another; `inv_temperature` float32 [R] or None for ones. With z = logit * inv_temperature the columns are max z, sum
     exp(z - max), sum exp(z - max) (z - max), and z of each target, -inf where it is -1. A shard of nothing but -inf has
-    no mass: its sums are 0. Raises InputError for a shape, dtype or target that does not fit.
+    no mass: its sums are 0. Raises InputError for a shape, dtype or target that does not fit; targets on a GPU are not
+    read back, and one outside the shard is taken for another shard's.
     """
     check("logits", logits, (None, None), wide_dtype(logits.dtype))
-    check("targets", targets, (logits.shape[0], None), torch.int32)
+    check("targets", targets, (logits.shape[0], None), torch.int32, logits.device)
     _check_columns(targets, logits.shape[1])
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
+        check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32, logits.device)
     return SHARD_LOGPROB["statistics", logits](logits, targets, inv_temperature)
 
 
@@ -73,20 +74,20 @@ def shard_logprob_backward(
     """
     rows = logits.shape[0]
     check("logits", logits, (None, None), wide_dtype(logits.dtype))
-    check("targets", targets, (rows,), torch.int32)
+    check("targets", targets, (rows,), torch.int32, logits.device)
     _check_columns(targets, logits.shape[1])
-    check("stats", stats, (rows, 2), logits.dtype)
-    check("entropy", entropy, (rows,), logits.dtype)
-    check("d_logprobs", d_logprobs, (rows,), logits.dtype)
-    check("d_entropy", d_entropy, (rows,), logits.dtype)
+    check("stats", stats, (rows, 2), logits.dtype, logits.device)
+    check("entropy", entropy, (rows,), logits.dtype, logits.device)
+    check("d_logprobs", d_logprobs, (rows,), logits.dtype, logits.device)
+    check("d_entropy", d_entropy, (rows,), logits.dtype, logits.device)
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (rows,), torch.float32)
+        check("inv_temperature", inv_temperature, (rows,), torch.float32, logits.device)
     backward = SHARD_LOGPROB["backward", logits]
     return backward(logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, dtype)
 
 
 def _check_columns(targets: Tensor, columns: int) -> None:
-    if targets.numel() and not -1 <= int(targets.min()) <= int(targets.max()) < columns:
+    if targets.is_cpu and targets.numel() and not -1 <= int(targets.min()) <= int(targets.max()) < columns:
         wrong = ((targets < -1) | (targets >= columns)).nonzero()[0]
         raise InputError(
             f"target {int(targets[tuple(wrong)])} of row {int(wrong[0])} is outside the shard's {columns} columns; "
@@ -163,6 +164,7 @@ SHARD_LOGPROB = Op(
     "shard_logprob",
     [
         cpu_backend({"statistics": _statistics_cpu, "fold": _fold_cpu, "backward": logits_gradient_cpu}, KERNEL_DTYPES),
+        triton_backend("shard_logprob", "statistics", "fold", "backward", dtypes=TRITON_DTYPES),
         Backend(
             "torch",
             {"statistics": _statistics_torch, "fold": _fold_torch, "backward": _backward_torch},

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.checks import address, check, dtype_code
-from engine.kernels.dtypes import KERNEL_DTYPES, wide_dtype
+from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES, wide_dtype
 from engine.kernels.graph import empty
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import Weight
 
 LOGITS_ELEMENTS = 16 << 20  # of a chunk, 64 MiB: fewer rows and the head's gradient is read and written too often
+GPU_LOGITS_ELEMENTS = 256 << 20  # 1 GiB: a GPU is bound by reading the head where a chunk has under some 1,000 rows
 
 
 def token_logprob(
@@ -28,20 +29,21 @@ def token_logprob(
 
     `hidden` [T, D] and `head` [V, D] share a dtype; `targets` int32 [T] in [0, V); `inv_temperature` float32 [T],
     positive (`inverse_temperature` makes it), or None for ones. Returns float32 [T], float32 [T], in nats. Logits are
-    float32 and exist for `chunk` rows at a time (by default as many as make 16 Mi logits): the chunk changes no bit of
-    the result. With float64 `hidden`, logits and results are float64. Where hidden requires grad, both outputs are
-    differentiable: the backward computes the logits again, rounds their gradient to the model's dtype, and adds the
-    head's gradient to `head.grad_buffer()`. A row whose logits are not finite has NaN for both. Raises InputError for a
-    shape, dtype or target that does not fit.
+    float32 and exist for `chunk` rows at a time (by default `logits_rows`): the chunk changes no bit of the result.
+    With float64 `hidden`, logits and results are float64. Where hidden requires grad, both outputs are differentiable:
+    the backward computes the logits again, rounds their gradient to the model's dtype, and adds the head's gradient to
+    `head.grad_buffer()`. A row whose logits are not finite has NaN for both. Raises InputError for a
+    shape, dtype or target that does not fit; targets on a GPU are not read back, and one outside [0, V) gives NaN.
     """
     rows = hidden.shape[0]
     check("hidden", hidden, (None, head.shape[1]), head.dtype)
-    _check_targets(targets, (rows,), head.shape[0])
+    check("head", head.data, tuple(head.data.shape), head.dtype, hidden.device)
+    _check_targets(targets, (rows,), head.shape[0], hidden.device)
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (rows,), torch.float32)
+        check("inv_temperature", inv_temperature, (rows,), torch.float32, hidden.device)
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}; it must be at least 1 row")
-    chunk = chunk or max(16, LOGITS_ELEMENTS // head.shape[0])
+    chunk = chunk or logits_rows(head.shape[0], hidden.device)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _TokenLogprob.apply(hidden, head, targets, inv_temperature, chunk)
     logprobs, entropy, _ = _forward(hidden, head, targets, inv_temperature, chunk)
@@ -57,9 +59,9 @@ def logits_logprob(logits: Tensor, targets: Tensor, inv_temperature: Tensor | No
     check("logits", logits, (None, None), wide_dtype(logits.dtype))
     if torch.is_grad_enabled() and logits.requires_grad:
         raise InputError("logits require grad, which logits_logprob does not carry; use token_logprob or detach them")
-    _check_targets(targets, (logits.shape[0],), logits.shape[1])
+    _check_targets(targets, (logits.shape[0],), logits.shape[1], logits.device)
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32)
+        check("inv_temperature", inv_temperature, (logits.shape[0],), torch.float32, logits.device)
     logprobs, entropy, _ = TOKEN_LOGPROB["forward", logits](logits, targets[:, None], inv_temperature)
     return logprobs[:, 0], entropy
 
@@ -80,9 +82,14 @@ def logits_logprob_reference(logits: Tensor, targets: Tensor, inv_temperature: T
     return logp.gather(-1, targets.long()), -torch.where(p > 0, p * logp, p).sum(-1)
 
 
-def _check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int) -> None:
-    check("targets", targets, shape, torch.int32)
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+def logits_rows(vocab: int, device: torch.device) -> int:
+    """Rows of logits that exist at a time by default: as make 16 Mi logits, on a GPU 256 Mi, and at least 16."""
+    return max(16, (LOGITS_ELEMENTS if device.type == "cpu" else GPU_LOGITS_ELEMENTS) // vocab)
+
+
+def _check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int, device: torch.device) -> None:
+    check("targets", targets, shape, torch.int32, device)
+    if targets.is_cpu and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         wrong = ((targets < 0) | (targets >= vocab)).nonzero()[0]
         raise InputError(
             f"target {int(targets[tuple(wrong)])} at index {int(wrong[0])} is outside the vocabulary of {vocab} ids; "
@@ -109,7 +116,7 @@ class _TokenLogprob(torch.autograd.Function):
         zeros = torch.zeros_like(entropy)
         d_logprobs = zeros if d_logprobs is None else d_logprobs.contiguous()
         d_entropy = zeros if d_entropy is None else d_entropy.contiguous()
-        d_hidden = empty(tuple(hidden.shape), hidden.dtype)
+        d_hidden = empty(tuple(hidden.shape), hidden.dtype, hidden.device)
         for part in row_chunks(hidden.shape[0], ctx.chunk):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = linear(x, ctx.head, out_dtype=wide_dtype(x.dtype))  # [c, V]
@@ -131,7 +138,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [T], entropy [T] and what the backward needs [T, 2]."""
     rows, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
-    logprobs, entropy, stats = (torch.empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (rows, 2)))
+    logprobs, entropy, stats = (
+        torch.empty(shape, dtype=dtype, device=hidden.device) for shape in ((rows,), (rows,), (rows, 2))
+    )
     for part in row_chunks(rows, chunk):
         logits = linear(hidden[part].detach(), head, out_dtype=dtype)  # [c, D] -> [c, V]
         inverse = None if inv_temperature is None else inv_temperature[part]
@@ -192,6 +201,7 @@ TOKEN_LOGPROB = Op(
     "token_logprob",
     [
         cpu_backend({"forward": _forward_cpu, "backward": logits_gradient_cpu}, KERNEL_DTYPES),
+        triton_backend("token_logprob", "forward", "backward", dtypes=TRITON_DTYPES),
         # torch does not promise one order of summation for every number of rows
         Backend("torch", {"forward": _forward_torch, "backward": _backward_torch}, exact=False),
     ],

@@ -1,5 +1,6 @@
 """Collectives over a named group of ranks. Each is one all-to-all and a fold in rank order, so that a sum depends on
-the ranks' order alone and never on the network's algorithm.
+the ranks' order alone and never on the network's algorithm. A tensor goes as it lies: gloo carries CPU memory and what
+is no tensor, NCCL a GPU's memory (unproven: no GPUs have talked yet).
 
 A group of one makes each of them the identity, so callers need no branch on the number of ranks.
 
@@ -9,9 +10,9 @@ A group of one makes each of them the identity, so callers need no branch on the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,10 +34,17 @@ class Group:
     ranks: tuple[int, ...] = (0,)
     index: int = 0
     handle: Any = None  # torch.distributed's; None for a group of one
+    channels: Mapping[tuple[int, int], Any] = field(default_factory=dict, compare=False)  # see `channel`
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def channel(self, source: int, to: int, device: torch.device) -> Any:
+        """torch.distributed's handle for messages from one place to another. NCCL does what one connection is asked for
+        in that order, on both sides, so two ranks that both send first would wait for ever: there, each direction has
+        a connection of its own."""
+        return self.channels.get((source, to), self.handle) if device.type == "cuda" else self.handle
 
     def __str__(self) -> str:
         return f"{self.name} (ranks {', '.join(map(str, self.ranks))})"
@@ -193,7 +201,7 @@ def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
     """Sends x to the rank at place `to`. x must live and stay as it is until `wait`."""
     x = x.detach().contiguous()
     with named("send", group):
-        work = dist.isend(x, group.ranks[to], group=group.handle, tag=tag)
+        work = dist.isend(x, group.ranks[to], group=group.channel(group.index, to, x.device), tag=tag)
     return Pending("send", group, work, lambda: None, keep=x)
 
 
@@ -208,7 +216,7 @@ def start_receive(
     """The tensor that the rank at place `source` sends next with this tag, from its memory of the same kind."""
     out = torch.empty(shape, dtype=dtype, device=device)
     with named("receive", group):
-        work = dist.irecv(out, group.ranks[source], group=group.handle, tag=tag)
+        work = dist.irecv(out, group.ranks[source], group=group.channel(source, group.index, out.device), tag=tag)
     return Pending("receive", group, work, lambda: out)
 
 

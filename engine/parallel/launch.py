@@ -160,6 +160,11 @@ def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
+def connects_gpus() -> bool:
+    """Whether tensors in the memory of GPUs can travel between the connected ranks."""
+    return dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
+
+
 def _leave() -> None:
     dog = watchdog()
     if dog is not None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from engine.config import ParallelConfig
 from engine.errors import ConfigError, ParallelError
 from engine.parallel.collectives import Group, all_gather, named
-from engine.parallel.launch import connect, world_size
+from engine.parallel.launch import connect, connects_gpus, world_size
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -87,7 +87,9 @@ class Mesh:
 
     def close(self) -> None:
         """Ends the groups; the processes stay connected for other meshes until they exit."""
-        handles = {id(g.handle): g.handle for g in self._groups() if g.handle not in (None, dist.group.WORLD)}
+        every = [handle for group in self._groups() for handle in (group.handle, *group.channels.values())]
+        not_ours = (None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER)
+        handles = {id(handle): handle for handle in every if handle not in not_ours}
         if dist.is_initialized():
             for handle in handles.values():
                 dist.destroy_process_group(handle)
@@ -139,9 +141,18 @@ def make_mesh(config: ParallelConfig) -> Mesh:
             if ranks not in made:  # every rank makes every group, in the same order
                 with named("new_group", Group(name, ranks)):
                     made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+            channels = _channels(ranks, timeout) if name == "pp" and connects_gpus() else {}
             if rank in ranks:
-                mine[name] = Group(name, ranks, ranks.index(rank), made[ranks])
+                mine[name] = Group(name, ranks, ranks.index(rank), made[ranks], channels)
     return Mesh(**mine)
+
+
+def _channels(ranks: tuple[int, ...], timeout: timedelta) -> dict[tuple[int, int], Any]:
+    """Connections between the GPUs of neighbouring stages, and of the last and the first, one for each direction. Every
+    rank of the world makes them."""
+    size = len(ranks)
+    ways = sorted({(place, (place + step) % size) for place in range(size) for step in (1, -1)}) if size > 1 else []
+    return {way: dist.new_group([ranks[place] for place in sorted(way)], timeout, "nccl") for way in ways}
 
 
 def another_group(group: Group, timeout_seconds: float) -> Group:

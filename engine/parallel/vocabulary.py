@@ -25,7 +25,7 @@ from engine.kernels.shard_logprob import (
     shard_statistics,
     shard_targets,
 )
-from engine.kernels.token_logprob import LOGITS_ELEMENTS, row_chunks, token_logprob
+from engine.kernels.token_logprob import logits_rows, row_chunks, token_logprob
 from engine.kernels.weight import Weight
 from engine.parallel.collectives import Group, all_gather, all_to_all
 from engine.parallel.shards import row_shard
@@ -159,4 +159,4 @@ def _logits(x: Tensor, head: Weight) -> Tensor:
 
 
 def _chunks(rows: int, head: Weight) -> list[slice]:
-    return row_chunks(rows, max(16, LOGITS_ELEMENTS // head.shape[0]))
+    return row_chunks(rows, logits_rows(head.shape[0], head.data.device))

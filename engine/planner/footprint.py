@@ -14,6 +14,7 @@ import torch
 from engine.architectures import architecture_of
 from engine.config import ModelConfig
 from engine.kernels.attention import AttentionSpec, allocate_pages
+from engine.kernels.dtypes import KV_DTYPES
 from engine.kernels.memory import num_bytes
 from engine.kernels.token_logprob import LOGITS_ELEMENTS
 from engine.kernels.weight import storage_shape
@@ -177,6 +178,7 @@ def kv_token_bytes(share: Share) -> int:
     a page: e x K x (Dh rounded up to 32 in bf16, + Dh) x layers."""
     page_size = share.config.page_size
     with torch.device("meta"):
-        pages = allocate_pages(1, page_size, AttentionSpec(share.H, share.K, share.Dh), share.dtype)
+        spec = AttentionSpec(share.H, share.K, share.Dh, kv_dtype=KV_DTYPES[share.config.kv_dtype])
+        pages = allocate_pages(1, page_size, spec, share.dtype)
     page = sum(tensor.numel() * tensor.element_size() for tensor in pages)
     return page // page_size * share.num_layers

@@ -7,6 +7,7 @@ import torch
 
 from engine import Engine, EngineConfig
 from engine.errors import ConfigError, InputError
+from engine.kernels import op
 from engine.kernels.checks import address
 from engine.kernels.device import choose_device
 from engine.kernels.memory import unowned, upload, zeros
@@ -31,6 +32,12 @@ def two_gpus(monkeypatch) -> list[torch.device]:
 @pytest.fixture
 def no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch) -> None:
+    """Triton takes no CPU tensors."""
+    monkeypatch.setattr(op, "_triton_without_gpu", False)
 
 
 def test_a_device_that_there_is_not_is_refused_with_those_that_there_are():
@@ -72,9 +79,19 @@ def test_float64_stays_on_the_cpu(two_gpus):
         choose_device("cuda", torch.float64)
 
 
-def test_float16_needs_a_kernel():
-    with pytest.raises(ConfigError, match=r'"float16", which no kernel computes in on the cpu; use "bfloat16"'):
+def test_float16_needs_a_kernel(no_interpreter):
+    with pytest.raises(ConfigError, match=r'"float16", and there is no kernel for that on the cpu .*; use "bfloat16"'):
         Engine.from_config(tiny_config(), EngineConfig(device="cpu", dtype="float16"))
+
+
+def test_keys_and_values_in_fp8_need_a_kernel(no_interpreter):
+    with pytest.raises(ConfigError, match=r'kv_dtype is "fp8_e4m3", and there is no kernel .* on the cpu .*"auto"'):
+        Engine.from_config(tiny_config(), EngineConfig(device="cpu", kv_dtype="fp8_e4m3"))
+
+
+def test_an_unknown_kv_dtype_is_refused():
+    with pytest.raises(ConfigError, match=r'kv_dtype is "fp8".*"?fp8_e4m3"?'):
+        EngineConfig(kv_dtype="fp8")
 
 
 def test_what_is_made_lies_on_the_device_around_it():

@@ -40,7 +40,7 @@ def samples(step: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(step)
     made = []
     for number, length in enumerate(LENGTHS):
-        tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
+        tokens = torch.randint(3, 40, (length,), generator=generator).tolist()  # each of them several times
         made.append(Sample(tokens=tokens, loss_mask=[0, *[1] * (length - 1)], advantages=1.0 - 0.4 * number))
     return made
 

@@ -1,0 +1,369 @@
+"""Attention, backward, on a GPU (arXiv 2205.14135, algorithm 4, once for queries and once for keys).
+
+Rows are (token, query head) pairs that share a kv head, token-major, as in the forward. Two kernels recompute the
+probabilities P = 2^(c S - L) from the logarithm L that the forward saved; each program owns what it writes, and walks
+the other side in a fixed order, so nothing is summed by two programs and the same call has the same bits:
+
+  _grad_queries, one program per tile of rows:   for key tiles:  dQ += dS K          dS = P (dP - D), D = rowsum(dO O)
+  _grad_keys, one program per tile of keys:      for row tiles:  dV += P' dO, dK += dS' Q     (transposed throughout)
+
+P and dS are rounded to the model's type before the products they enter; sums are fp32. Tiles start where sequences do,
+so that a sequence's gradients do not depend on the others in the batch. Tiles that no mask touches are computed without
+one, tiles that it hides whole are skipped. The epilogues go back through the scale, RoPE and the norms and round once.
+
+# T tokens, H query heads, K kv heads, G = H / K, Dh head width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.graph import empty
+from engine.kernels.triton import rotate
+from engine.kernels.triton.column_sum import add_column_sums_
+from engine.kernels.triton.launch import launch
+from engine.kernels.triton.rotate_backward import head_columns, turn_back
+from engine.kernels.weight import Weight
+
+if TYPE_CHECKING:
+    from engine.kernels.attention import AttentionPlan, AttentionSpec
+
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and keys of a tile in either kernel, and how it is launched."""
+
+    query_rows: int  # _grad_queries: rows of a program
+    query_keys: int  # and keys of a step
+    key_keys: int  # _grad_keys: keys of a program
+    key_rows: int  # and rows of a step
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """A function of the model alone. 16-bit tiles fill two warpgroups' registers (255 a thread) without spilling and
+    stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
+    if dtype == torch.float32:
+        return Tiles(32, 32, 32, 32, 8, 1) if head_dim <= 128 else Tiles(16, 16, 16, 16, 8, 1)
+    if head_dim <= 128:
+        return Tiles(128, 64, 128, 64, 8, 3)
+    return Tiles(64, 32, 64, 32, 8, 2)
+
+
+def backward(
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    kv: Tensor | None,
+    spec: AttentionSpec,
+    rope: Tensor,
+    plan: AttentionPlan,
+    q_norm: Weight | None,
+    k_norm: Weight | None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of qkv, and of kv where keys and values are given apart; those of the norms are added to their weights'.
+
+    d_out, out [T, H Dh] in qkv's dtype and lse, fp32 [T, H] to base 2, are contiguous. Rows past the plan's have
+    gradients of 0. Turned queries and keys are computed again: to save them would take the memory of qkv once more for
+    each layer. `tiles` is for tests that want several of them in a short sequence. Same call, same bits.
+    """
+    device, queries = qkv.device, spec.num_heads * spec.head_dim
+    tiles = tiles or tiles_for(spec.head_dim, qkv.dtype)
+    group, window = spec.num_heads // spec.num_kv_heads, spec.window or 0
+    on_device = plan.on_device(device)
+    query_work, key_work = on_device.derived(
+        (tiles, group, window),
+        lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, group, window, tiles)],
+    )
+    q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, None, None, q_norm, k_norm)
+    d_qkv = empty(tuple(qkv.shape), qkv.dtype, device)
+    d_kv = None if kv is None else empty(tuple(kv.shape), kv.dtype, device)
+    kv_rows, d_kv_rows = (qkv[:, queries:], d_qkv[:, queries:]) if kv is None or d_kv is None else (kv, d_kv)
+    d_qkv[on_device.num_tokens :].zero_()
+    d_kv_rows[on_device.num_keys :].zero_()
+    delta = empty((qkv.shape[0], spec.num_heads), torch.float32, device)
+    shape = {
+        "HEADS": spec.num_heads, "GROUP": group, "DIM": spec.head_dim, "BLOCK": triton.next_power_of_2(spec.head_dim),
+        "WINDOW": window, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    }  # fmt: skip
+
+    def run(kernel: Any, work: Tensor, given: tuple[Tensor, ...], positions: Tensor, x: Tensor, norm: Weight | None,
+            d_x: Tensor, **block: int) -> None:  # fmt: skip
+        programs = work.shape[0], spec.num_kv_heads
+        weight = sums = None
+        if norm is not None:
+            weight = norm.data
+            sums = empty((programs[0] * programs[1], spec.head_dim), torch.float32, device)
+        launch(kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x, weight, d_x, sums, work,
+               spec.scale * _LOG2E, spec.scale, spec.eps, x.stride(0), d_x.stride(0), **block, **shape)  # fmt: skip
+        if norm is not None and sums is not None:
+            add_column_sums_(sums, norm.grad_buffer())
+
+    run(_grad_queries, query_work, (out, lse, delta), on_device.query_positions, qkv, q_norm, d_qkv,
+        ROWS=tiles.query_rows, KEYS=tiles.query_keys)  # fmt: skip
+    run(_grad_keys, key_work, (lse, delta), on_device.key_positions, kv_rows, k_norm, d_kv_rows,
+        ROWS=tiles.key_rows, KEYS=tiles.key_keys)  # fmt: skip
+    return d_qkv, d_kv
+
+
+def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
+    """What the programs of both kernels do, heaviest first: int32 [n, 4] and [n, 7].
+
+    A tile of rows: its sequence's first token and last token + 1, the tile's first row among the sequence's, the row of
+    `kv` that the sequence's first key is. A tile of keys: that row, the tile's first key in the sequence, how many keys
+    it has, and four tokens: the first that sees one of them, the first that is not before any of them, the first that
+    the window hides one from, the first that it hides all from.
+    """
+    starts = plan.kv_plan.cu_seqlens.numpy().astype(np.int64)
+    rows = plan.rows().numpy()  # the key row of each query, rising
+    query_starts = np.searchsorted(rows, starts)
+
+    step = _whole_tokens(tiles.query_rows, group)
+    counts = -(-np.diff(query_starts) * group // step)
+    sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
+    first, last, row = query_starts[sequence], query_starts[sequence + 1], index * step
+    highest = rows[np.minimum(first + (row + step - 1) // group, last - 1)] - starts[sequence]
+    queries = np.stack([first, last, row, starts[sequence]], 1)
+    queries = queries[np.argsort(-np.minimum(highest, window or highest), kind="stable")]
+
+    counts = -(-np.diff(starts) // tiles.key_keys)
+    sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
+    begin = starts[sequence] + index * tiles.key_keys
+    end = np.minimum(begin + tiles.key_keys, starts[sequence + 1])
+    first, last = query_starts[sequence], query_starts[sequence + 1]
+
+    def bound(key: np.ndarray) -> np.ndarray:
+        return np.clip(np.searchsorted(rows, key), first, last)
+
+    seen, whole = bound(begin), bound(begin + tiles.key_keys - 1)
+    cut, hidden = (bound(begin + window), bound(end - 1 + window)) if window else (last, last)
+    first_key = starts[sequence]
+    keys = np.stack([first_key, begin - first_key, end - begin, seen, np.minimum(whole, hidden), cut, hidden], 1)
+    keys = keys[np.argsort(seen - hidden, kind="stable")]
+    return queries.astype(np.int32), keys.astype(np.int32)
+
+
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+@triton.constexpr_function
+def _whole_tokens(rows: int, group: int) -> int:
+    """Rows of a tile that holds whole tokens only, where it can hold one."""
+    return rows // group * group if group <= rows else rows
+
+
+@triton.jit
+def _rows_of(row, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens and heads of the rows from `row` on, tokens counted from that of `row`."""
+    lane = tl.arange(0, BLOCK)
+    if GROUP > BLOCK:  # else tiles start with a token
+        lane += row % GROUP
+    return lane // GROUP, lane % GROUP
+
+
+@triton.jit
+def _load(pointer, valid, inside, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile; 0 in columns that are not `inside` a head, and, where MASKED, in rows that are not `valid`."""
+    if MASKED:
+        if DIM == BLOCK:
+            return tl.load(pointer, mask=valid[:, None], other=0.0)
+        return tl.load(pointer, mask=valid[:, None] & inside[None, :], other=0.0)
+    if DIM == BLOCK:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _load_rows(pointer, valid, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer, mask=valid, other=0.0)
+    return tl.load(pointer)
+
+
+@triton.jit
+def _walk_keys(
+    d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, jump, over, last,
+    KEY_ROW: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds dS K of the key tiles from `begin` to `end` to d_q, those from `jump` on moved on by `over` (where MASKED).
+    Keys and `own`, the last that a row sees, count from where `k` and `v` point; `last` is the highest of these."""
+    column, inside = head_columns(DIM, BLOCK)
+    lane = tl.arange(0, KEYS)
+    for key in range(begin, end, KEYS):
+        if MASKED:
+            key += tl.where(key >= jump, over, 0)
+        at = key + lane
+        step = tl.cast(key, tl.int64) * KEY_ROW
+        tile_at = lane[:, None] * KEY_ROW + column[None, :]
+        k_tile = _load(k + step + tile_at, at <= last, inside, MASKED, DIM, BLOCK)
+        v_tile = _load(v + step + tile_at, at <= last, inside, MASKED, DIM, BLOCK)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [rows, keys]
+        p = tl.exp2(tl.fma(scores, factor, -lse[:, None]))
+        if MASKED:
+            visible = at[None, :] <= own[:, None]
+            if WINDOW:
+                visible = visible & (at[None, :] > own[:, None] - WINDOW)
+            p = tl.where(visible, p, 0.0)
+        d_p = tl.dot(d_out, tl.trans(v_tile), input_precision="ieee")
+        d_s = (p * (d_p - delta[:, None])).to(q.dtype)
+        d_q = tl.dot(d_s, k_tile, d_q, input_precision="ieee")
+    return d_q
+
+
+@triton.jit
+def _grad_queries(
+    q, k, v, d_out, out, lse, delta, last_keys, positions, rope, x, q_norm, d_x, norm_sums, work,
+    factor, scale, eps, x_row, d_x_row,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(work + tile * 4)
+    last_token = tl.load(work + tile * 4 + 1)
+    row = tl.load(work + tile * 4 + 2)
+    first_key = tl.load(work + tile * 4 + 3)
+    first += row // GROUP
+    tokens, heads = _rows_of(row, ROWS, GROUP)
+    heads += kv_head * GROUP
+    tokens += first
+    valid = (tokens < last_token) & (tl.arange(0, ROWS) < STEP)
+    wide = tokens.to(tl.int64)
+    column, inside = head_columns(DIM, BLOCK)
+    at = (wide * HEADS + heads) * DIM
+    tile_at = at[:, None] + column[None, :]
+    q_tile = _load(q + tile_at, valid, inside, True, DIM, BLOCK)
+    d_out_tile = _load(d_out + tile_at, valid, inside, True, DIM, BLOCK)
+    out_tile = _load(out + tile_at, valid, inside, True, DIM, BLOCK)
+    dots = tl.sum(d_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + wide * HEADS + heads, dots, mask=valid)
+    logs = tl.load(lse + wide * HEADS + heads, mask=valid, other=0.0)
+    own = tl.load(last_keys + tokens, mask=valid, other=0)
+
+    last_of_tile = first + (row % GROUP + STEP - 1) // GROUP
+    lowest = tl.load(last_keys + first)
+    highest = tl.load(last_keys + tl.minimum(last_of_tile, last_token - 1))
+    begin = 0
+    full_begin = 0
+    if WINDOW:
+        begin = tl.maximum(lowest - WINDOW + 1, 0) // KEYS * KEYS
+        full_begin = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), KEYS) * KEYS
+    full_end = tl.maximum((lowest + 1) // KEYS * KEYS, full_begin)
+    k += first_key.to(tl.int64) * KEY_ROW + kv_head * DIM
+    v += first_key.to(tl.int64) * KEY_ROW + kv_head * DIM
+    d_q = tl.zeros([ROWS, BLOCK], tl.float32)
+    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, full_begin, full_end, 0, 0, highest,
+                     KEY_ROW, DIM, BLOCK, KEYS, WINDOW, False)  # fmt: skip
+    d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin + highest + 1 - full_end,
+                     full_begin, full_end - full_begin, highest, KEY_ROW, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
+
+    position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
+    turn_back(d_q * scale, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
+              d_x + wide * d_x_row + heads * DIM, norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
+
+
+@triton.jit
+def _walk_rows(
+    d_k, d_v, k, v, q, d_out, lse, delta, last_keys, factor, first, begin, end, jump, over, last_row, key,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v, those from `jump` on moved on by `over`
+    (where MASKED). Rows count from token `first`. Those from `last_row` on have q = dO = D = 0, hence add zeros, whatever
+    their P."""
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    PARTIAL: tl.constexpr = MASKED or STEP != ROWS
+    column, inside = head_columns(DIM, BLOCK)
+    keys = key + tl.arange(0, KEYS)
+    lane = tl.arange(0, ROWS)
+    for row in range(begin, end, STEP):
+        if MASKED:
+            row += tl.where(row >= jump, over, 0)
+        tokens, heads = _rows_of(row, ROWS, GROUP)
+        token = first + row // GROUP
+        valid = lane < tl.minimum(last_row - row, STEP)
+        base = tl.cast(token, tl.int64) * HEADS  # what follows fits 32 bits, and fewer registers
+        at = tokens * HEADS + heads
+        tile_at = at[:, None] * DIM + column[None, :]
+        q_tile = _load(q + base * DIM + tile_at, valid, inside, PARTIAL, DIM, BLOCK)
+        d_out_tile = _load(d_out + base * DIM + tile_at, valid, inside, PARTIAL, DIM, BLOCK)
+        logs = _load_rows(lse + base + at, valid, PARTIAL)
+        dots = _load_rows(delta + base + at, valid, PARTIAL)
+        scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
+        p = tl.exp2(tl.fma(scores, factor, -logs[None, :]))
+        if MASKED:
+            own = tl.load(last_keys + token + tokens, mask=valid, other=-1)
+            visible = keys[:, None] <= own[None, :]
+            if WINDOW:
+                visible = visible & (keys[:, None] > own[None, :] - WINDOW)
+            p = tl.where(visible, p, 0.0)
+        d_v = tl.dot(p.to(q_tile.dtype), d_out_tile, d_v, input_precision="ieee")
+        d_p = tl.dot(v, tl.trans(d_out_tile), input_precision="ieee")
+        d_s = (p * (d_p - dots[None, :])).to(q_tile.dtype)
+        d_k = tl.dot(d_s, q_tile, d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@triton.jit
+def _grad_keys(
+    q, k, v, d_out, lse, delta, last_keys, positions, rope, x, k_norm, d_x, norm_sums, work,
+    factor, scale, eps, x_row, d_x_row,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    first_key = tl.load(work + tile * 7)
+    key = tl.load(work + tile * 7 + 1)
+    num_keys = tl.load(work + tile * 7 + 2)
+    seen = tl.load(work + tile * 7 + 3)
+    whole = tl.load(work + tile * 7 + 4)
+    cut = tl.load(work + tile * 7 + 5)
+    hidden = tl.load(work + tile * 7 + 6)
+    column, inside = head_columns(DIM, BLOCK)
+    valid = tl.arange(0, KEYS) < num_keys
+    keys = first_key + key + tl.arange(0, KEYS)
+    wide = keys.to(tl.int64)
+    tile_at = wide[:, None] * KEY_ROW + kv_head * DIM + column[None, :]
+    k_tile = _load(k + tile_at, valid, inside, True, DIM, BLOCK)
+    v_tile = _load(v + tile_at, valid, inside, True, DIM, BLOCK)
+    q += kv_head * GROUP * DIM
+    d_out += kv_head * GROUP * DIM
+    lse += kv_head * GROUP
+    delta += kv_head * GROUP
+
+    end = (hidden - seen) * GROUP
+    full_begin = tl.cdiv((whole - seen) * GROUP, STEP) * STEP
+    full_end = tl.maximum(tl.minimum((cut - seen) * GROUP, end) // STEP * STEP, full_begin)
+    d_k = tl.zeros([KEYS, BLOCK], tl.float32)
+    d_v = tl.zeros([KEYS, BLOCK], tl.float32)
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin, full_end,
+                          0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, False)  # fmt: skip
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, 0,
+                          full_begin + end - full_end, full_begin, full_end - full_begin, end, key,
+                          HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
+
+    d_x += kv_head * DIM
+    to = d_x + wide * d_x_row
+    values = to[:, None] + tl.num_programs(1) * DIM + column[None, :]
+    stored = valid[:, None] & inside[None, :]
+    tl.store(values, d_v.to(d_x.dtype.element_ty), mask=stored)
+    position = tl.load(positions + keys, mask=valid, other=0).to(tl.int64)
+    turn_back(d_k * scale, x + wide * x_row + kv_head * DIM, rope + position * DIM, k_norm, to,
+              norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
