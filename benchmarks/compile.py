@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -154,8 +154,8 @@ def _first_lines(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(str(error).split())[:600]
 
 
-def _nth(index: int) -> Record:
-    return compile_job(_jobs[index])
+def _nth(index: int) -> tuple[int, Record]:
+    return index, compile_job(_jobs[index])
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -168,9 +168,12 @@ def compile_all(work: Sequence[Job], workers: int) -> Iterator[Record]:
     done: dict[int, Record] = {}
     with _pool(workers) as pool:
         futures = [pool.submit(_nth, index) for index in range(len(work))]
-        for index, future in enumerate(futures):
+        for future in as_completed(futures):
             with contextlib.suppress(BrokenProcessPool):  # by this one or another: those left are tried alone, below
-                done[index] = future.result()
+                index, record = future.result()
+                done[index] = record
+                print(f"{len(done)}/{len(work)} {record.kernel} {record.dtype} {record.target} {record.seconds:.1f} s",
+                      file=sys.stderr, flush=True)  # fmt: skip
     for index, job in enumerate(work):
         yield done[index] if index in done else _alone(index, job)
 
@@ -178,7 +181,7 @@ def compile_all(work: Sequence[Job], workers: int) -> Iterator[Record]:
 def _alone(index: int, job: Job) -> Record:
     try:
         with _pool(1) as pool:
-            return pool.submit(_nth, index).result()
+            return pool.submit(_nth, index).result()[1]
     except BrokenProcessPool:
         launch = job.launch
         return Record(job.kernel, job.op, job.dtype, job.target, {}, launch.num_warps, launch.num_stages, 0.0,

@@ -10,9 +10,9 @@ A group of one makes each of them the identity, so callers need no branch on the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,17 +34,10 @@ class Group:
     ranks: tuple[int, ...] = (0,)
     index: int = 0
     handle: Any = None  # torch.distributed's; None for a group of one
-    channels: Mapping[tuple[int, int], Any] = field(default_factory=dict, compare=False)  # see `channel`
 
     @property
     def size(self) -> int:
         return len(self.ranks)
-
-    def channel(self, source: int, to: int, device: torch.device) -> Any:
-        """torch.distributed's handle for messages from one place to another. NCCL does what one connection is asked for
-        in that order, on both sides, so two ranks that both send first would wait for ever: there, each direction has
-        a connection of its own."""
-        return self.channels.get((source, to), self.handle) if device.type == "cuda" else self.handle
 
     def __str__(self) -> str:
         return f"{self.name} (ranks {', '.join(map(str, self.ranks))})"
@@ -197,11 +190,12 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
     return x
 
 
-def start_send(x: Tensor, group: Group, to: int, tag: int = 0) -> Pending[None]:
-    """Sends x to the rank at place `to`. x must live and stay as it is until `wait`."""
+def start_send(x: Tensor, group: Group, to: int) -> Pending[None]:
+    """Sends x to the rank at place `to`. x must live and stay as it is until `wait`. Tensors arrive in the order in
+    which they were sent."""
     x = x.detach().contiguous()
     with named("send", group):
-        work = dist.isend(x, group.ranks[to], group=group.channel(group.index, to, x.device), tag=tag)
+        work = dist.isend(x, group.ranks[to], group=group.handle)
     return Pending("send", group, work, lambda: None, keep=x)
 
 
@@ -210,13 +204,12 @@ def start_receive(
     dtype: torch.dtype,
     group: Group,
     source: int,
-    tag: int = 0,
     device: torch.device | str = "cpu",
 ) -> Pending[Tensor]:
-    """The tensor that the rank at place `source` sends next with this tag, from its memory of the same kind."""
+    """The tensor that the rank at place `source` sends next, from its memory of the same kind."""
     out = torch.empty(shape, dtype=dtype, device=device)
     with named("receive", group):
-        work = dist.irecv(out, group.ranks[source], group=group.channel(source, group.index, out.device), tag=tag)
+        work = dist.irecv(out, group.ranks[source], group=group.handle)
     return Pending("receive", group, work, lambda: out)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from engine.kernels.linear import weight_gradients_wait
 from engine.kernels.weight import Weight
-from engine.parallel.collectives import Pending, fold, start_all_to_all, start_receive, start_send
+from engine.parallel.collectives import Pending, fold, start_all_to_all
+from engine.parallel.links import TIED
 from engine.parallel.mesh import Mesh
 from engine.parallel.ownership import Bucket, RowBlock, Shares
 from engine.parallel.tensor import sum_shared_rows
@@ -197,8 +198,8 @@ class GradientReducer:
         last = pp.size - 1
         mine = torch.cat([weight.grad_buffer().reshape(-1) for weight in tied])
         other = last if pp.index == 0 else 0
-        sending = start_send(mine, pp, other)
-        theirs = start_receive(tuple(mine.shape), mine.dtype, pp, other, device=mine.device).wait()
+        sending = self.mesh.links.send(mine, TIED, other)
+        theirs = self.mesh.links.receive(tuple(mine.shape), mine.dtype, TIED, other, mine.device).wait()
         sending.wait()
         total = fold(torch.stack([mine, theirs] if pp.index == 0 else [theirs, mine]))
         pieces = total.split([weight.grad_buffer().numel() for weight in tied])

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from engine.config import ParallelConfig
 from engine.errors import ConfigError, ParallelError
 from engine.parallel.collectives import Group, all_gather, named
-from engine.parallel.launch import connect, connects_gpus, world_size
+from engine.parallel.launch import connect, world_size
+from engine.parallel.links import Link, Links, links_of
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -39,6 +40,7 @@ class Mesh:
     replica: Group
     data: Group
     world: Group
+    links: Links  # between the stages of this rank's pipeline
 
     @classmethod
     def single(cls) -> Mesh:
@@ -52,8 +54,9 @@ class Mesh:
         Raises ConfigError when the grid does not have as many places as there are ranks.
         """
         shape = grid_shape(config, world_size)
-        groups = {name: _group_of(rank, name, shape) for name in _SPANS}
-        return cls(**{name: Group(name, ranks, ranks.index(rank)) for name, ranks in groups.items()})
+        members = {name: _group_of(rank, name, shape) for name in _SPANS}
+        groups = {name: Group(name, ranks, ranks.index(rank)) for name, ranks in members.items()}
+        return cls(**groups, links=Links.layout(groups["pp"], config.chunks_per_stage))
 
     @property
     def rank(self) -> int:
@@ -87,15 +90,14 @@ class Mesh:
 
     def close(self) -> None:
         """Ends the groups; the processes stay connected for other meshes until they exit."""
-        every = [handle for group in self._groups() for handle in (group.handle, *group.channels.values())]
-        not_ours = (None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER)
-        handles = {id(handle): handle for handle in every if handle not in not_ours}
+        handles = {id(g.handle): g.handle for g in self._groups() if g.handle not in (None, dist.group.WORLD)}
         if dist.is_initialized():
             for handle in handles.values():
                 dist.destroy_process_group(handle)
 
     def _groups(self) -> Iterator[Group]:
         yield from (getattr(self, name) for name in _SPANS)
+        yield from self.links.groups.values()
 
 
 # Which axes a group spans; the others are held fixed.
@@ -141,18 +143,17 @@ def make_mesh(config: ParallelConfig) -> Mesh:
             if ranks not in made:  # every rank makes every group, in the same order
                 with named("new_group", Group(name, ranks)):
                     made[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
-            channels = _channels(ranks, timeout) if name == "pp" and connects_gpus() else {}
             if rank in ranks:
-                mine[name] = Group(name, ranks, ranks.index(rank), made[ranks], channels)
-    return Mesh(**mine)
-
-
-def _channels(ranks: tuple[int, ...], timeout: timedelta) -> dict[tuple[int, int], Any]:
-    """Connections between the GPUs of neighbouring stages, and of the last and the first, one for each direction. Every
-    rank of the world makes them."""
-    size = len(ranks)
-    ways = sorted({(place, (place + step) % size) for place in range(size) for step in (1, -1)}) if size > 1 else []
-    return {way: dist.new_group([ranks[place] for place in sorted(way)], timeout, "nccl") for way in ways}
+                mine[name] = Group(name, ranks, ranks.index(rank), made[ranks])
+    ours: dict[Link, Any] = {}
+    for stages in _partition("pp", shape):
+        for link in links_of(len(stages), config.chunks_per_stage):
+            group = link.group(stages, stages[link.source])
+            with named("new_group", group):
+                handle = dist.new_group(list(group.ranks), timeout=timeout)
+            if rank in stages:
+                ours[link] = handle
+    return Mesh(**mine, links=Links.layout(mine["pp"], config.chunks_per_stage, ours))
 
 
 def another_group(group: Group, timeout_seconds: float) -> Group:

@@ -4,8 +4,8 @@
     rank 1      F0 F1 B0 F2 ...   <- their gradients to the one before
 
 Receives are posted one action ahead, sends as soon as there is something to send, and both in the order that
-`transfers` lays down for each pair of ranks; an action waits for its own input only. So no order of sends and receives
-can deadlock where the lists do not, however little the network buffers.
+`transfers` lays down for each link; an action waits for its own input only. So no order of sends and receives can
+deadlock where the lists do not, however little the network buffers.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.kernels.linear import WeightGradients, deferred_weight_gradients
 from engine.kernels.memory import CPU
-from engine.parallel.collectives import Group, Pending, start_receive, start_send
+from engine.parallel.collectives import Pending
+from engine.parallel.links import GRADIENTS, STREAMS, Links
 from engine.parallel.schedule import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule, Transfer, transfers
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
+_KINDS = {"stream": STREAMS, "gradient": GRADIENTS}
 _Key = tuple[str, int, int]  # "stream" or "gradient"; the virtual stage that needs it; micro-batch
 
 
 def run_pipeline(
     plan: Schedule,
-    group: Group,
+    links: Links,
     forward: Forward,
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device = CPU,
 ) -> None:
-    """Does this rank's actions of `plan`, in their order, with the other ranks of the pipeline `group`.
+    """Does this rank's actions of `plan`, in their order, with the other ranks of the pipeline, over its `links`.
 
     `forward(micro_batch, chunk, stream)` makes of the residual stream (None at the first virtual stage) the stream for
     the next stage, of shape `shapes[micro_batch]` and `dtype`, on `device`; at the last stage, a scalar to minimise, or
@@ -43,31 +45,31 @@ def run_pipeline(
     puts them, micro-batch by micro-batch in ascending order for each chunk: the bits are those of a single rank. A
     WEIGHT_GRAD runs the matrix gradients that its INPUT_GRAD put off.
 
-    `plan` has as many ranks as the group and does not deadlock (`schedule.check` says so). Raises ParallelError when
+    `plan` has as many ranks as the pipeline and does not deadlock (`schedule.check` says so). Raises ParallelError when
     another rank is gone or late. What `forward` raises comes through, and leaves the other ranks waiting: where they
     should go on, let it return and tell them afterwards.
     """
-    assert plan.num_stages == group.size, f"a schedule of {plan.num_stages} ranks on {group}"
+    assert plan.num_stages == links.pp.size, f"a schedule of {plan.num_stages} ranks on {links.pp}"
     assert plan.num_micro_batches == len(shapes), f"{len(shapes)} shapes for {plan.num_micro_batches} micro-batches"
-    _Run(plan, group, forward, shapes, dtype, device).run()
+    _Run(plan, links, forward, shapes, dtype, device).run()
 
 
 class _Run:
     def __init__(
         self,
         plan: Schedule,
-        group: Group,
+        links: Links,
         forward: Forward,
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.plan = plan
-        self.rank = group.index
+        self.rank = links.pp.index
         self.forward = forward
         self.shapes = shapes
         self.dtype = dtype
-        self.mail = _Mail(transfers(plan)[group.index], group, shapes, dtype, device)
+        self.mail = _Mail(transfers(plan)[self.rank], links, shapes, dtype, device)
         self.learns = any(action.kind is not FORWARD for action in plan.actions[self.rank])
         # What a micro-batch leaves in a chunk: the stream it came with, and where its backward begins. The stream that
         # was made there is not kept: no backward reads it.
@@ -121,12 +123,12 @@ class _Mail:
     def __init__(
         self,
         entries: list[Transfer],
-        group: Group,
+        links: Links,
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._group = group
+        self._links = links
         self._device = device
         self._shapes = shapes
         self._dtype = dtype
@@ -144,7 +146,8 @@ class _Mail:
             if 0 in shape:  # a context-parallel rank may have no row of a micro-batch: nothing travels
                 self._here[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
             else:
-                self._arriving[key] = (t, start_receive(shape, self._dtype, self._group, t.peer, device=self._device))
+                receiving = self._links.receive(shape, self._dtype, _KINDS[t.what], t.peer, self._device)
+                self._arriving[key] = (t, receiving)
 
     def take(self, key: _Key) -> Tensor:
         """A tensor that is needed now; waits for it."""
@@ -165,7 +168,8 @@ class _Mail:
         if t is None:
             self._here[key] = tensor
         elif tensor.numel():
-            self._leaving.setdefault(t.peer, deque()).append((t, start_send(tensor, self._group, t.peer)))
+            sending = self._links.send(tensor, _KINDS[t.what], t.peer)
+            self._leaving.setdefault(t.peer, deque()).append((t, sending))
 
     def close(self) -> None:
         """Waits until everything is sent."""

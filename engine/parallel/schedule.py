@@ -337,11 +337,11 @@ class Transfer:
 def transfers(plan: Schedule) -> list[list[Transfer]]:
     """Per rank its sends and receives, in the order in which it has to post them.
 
-    A channel from one rank to another delivers in order, streams and gradients alike, so both ends have to agree on
-    one: it is the order of the sender's actions. Sends stand where the tensor is made. Receives stand before the first
-    action that needs them or one that was sent later on the channel. In the schedules above a rank needs streams in
-    the order they were sent in, and gradients too; only between two ranks with several chunks do both share a channel.
-    Tensors between two chunks of one rank (P = 1) do not travel and are not listed.
+    Streams from one rank to another are a link that delivers in order, gradients are another, and both ends of a link
+    have to agree on one order: it is that of the sender's actions. Sends stand where the tensor is made. Receives stand
+    before the first action that needs them or one that was sent later on the link; in the schedules above a rank needs
+    them in the order they were sent in. Tensors between two chunks of one rank (P = 1) do not travel and are not
+    listed.
     """
     needed: dict[_Result, tuple[int, int]] = {}  # -> rank and index of the action of another stage that needs it
     for rank, actions in enumerate(plan.actions):
@@ -349,7 +349,7 @@ def transfers(plan: Schedule) -> list[list[Transfer]]:
             own = plan.stage(rank, action.chunk)
             needed |= {need: (rank, index) for need in _needs(plan, rank, action) if need[1] != own}
     found: list[list[Transfer]] = [[] for _ in plan.actions]
-    channels: dict[tuple[int, int], list[Transfer]] = {}
+    links: dict[tuple[str, int, int], list[Transfer]] = {}  # -> what its receiver gets
     for rank, actions in enumerate(plan.actions):
         for index, action in enumerate(actions):
             result = what, stage, number = _makes(plan, rank, action)
@@ -357,8 +357,9 @@ def transfers(plan: Schedule) -> list[list[Transfer]]:
             if peer != rank:
                 stage += 1 if what == "stream" else -1
                 found[rank].append(Transfer(True, peer, what, number, stage, index, at, index))
-                channels.setdefault((rank, peer), []).append(Transfer(False, rank, what, number, stage, at, index, at))
-    for (_, receiver), received in channels.items():
+                receive = Transfer(False, rank, what, number, stage, at, index, at)
+                links.setdefault((what, rank, peer), []).append(receive)
+    for (_, _, receiver), received in links.items():
         # A tensor that is needed early pulls those forward that were sent before it.
         posts = list(accumulate((transfer.action for transfer in reversed(received)), min))[::-1]
         found[receiver] += [replace(t, post=post) for t, post in zip(received, posts, strict=True)]

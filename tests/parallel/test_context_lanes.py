@@ -125,9 +125,7 @@ def test_ten_steps_of_one_two_and_four_ranks_have_the_same_bits(pool2: Pool, poo
 @pytest.mark.parametrize(
     ("axes", "settings"),
     [
-        ({"dp": 2}, {"gradient_lanes": 2}),
         ({"dp": 2}, {"gradient_lanes": 4}),
-        ({"pp": 2, "schedule": "1f1b"}, {"gradient_lanes": 2, "micro_batches": 2}),
         ({"pp": 2, "schedule": "zero_bubble"}, {"gradient_lanes": 2, "micro_batches": 2}),
     ],
     ids=str,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
 
 import pytest
-import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ParallelConfig
 from engine.errors import ConfigError, ParallelError
-from engine.parallel import mesh as mesh_module
-from engine.parallel.collectives import Group, all_gather_object
+from engine.parallel.collectives import all_gather_object
 from engine.parallel.mesh import AXES, Mesh, grid_shape, make_mesh
 from tests.parallel.pool import Pool
 
@@ -160,20 +156,3 @@ def test_disagreement_names_call_and_ranks_on_every_rank(pool4: Pool) -> None:
     with pytest.raises(ParallelError, match="forward_backward was called with other arguments on ranks 1, 3 than") as e:
         pool4.run(agree_on, [7, 8, 7, 9])
     assert len(e.value.__notes__) == 4
-
-
-def test_gpus_of_neighbouring_stages_have_a_connection_for_each_direction(monkeypatch):
-    made: list[tuple[list[int], str]] = []
-
-    def new_group(ranks: list[int], timeout: timedelta, backend: str) -> int:
-        made.append((ranks, backend))
-        return len(made)
-
-    monkeypatch.setattr(dist, "new_group", new_group)
-    channels = mesh_module._channels((1, 3, 5, 7), timedelta(seconds=1))
-    assert channels.keys() == {(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), (0, 3), (3, 0)}
-    assert sorted(ranks for ranks, _ in made) == [[1, 3], [1, 3], [1, 7], [1, 7], [3, 5], [3, 5], [5, 7], [5, 7]]
-    assert {backend for _, backend in made} == {"nccl"}
-    group = Group("pp", (1, 3, 5, 7), 1, "gloo", channels)
-    assert group.channel(1, 2, torch.device("cuda:0")) == channels[1, 2] != channels[2, 1]
-    assert group.channel(1, 2, torch.device("cpu")) == "gloo"

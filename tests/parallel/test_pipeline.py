@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.config import ParallelConfig
 from engine.kernels.linear import linear
 from engine.kernels.op import cpu_missing
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.weight import Weight
-from engine.parallel.collectives import Group
+from engine.parallel.mesh import make_mesh
 from engine.parallel.pipeline import run_pipeline
 from engine.parallel.schedule import Schedule, forwards_only, schedule
 from tests.parallel.pool import Pool
@@ -76,7 +77,8 @@ def on_one_rank(num_stages: int, rows: list[int]) -> tuple[list[float], list[tup
 def on_this_rank(plan: Schedule, rows: list[int]) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
     """Losses (on the last rank) and gradients of this rank's chunks."""
     rank = dist.get_rank() if plan.num_stages > 1 else 0
-    group = Group("pp", tuple(range(plan.num_stages)), rank, dist.group.WORLD if plan.num_stages > 1 else None)
+    config = ParallelConfig(pp=plan.num_stages, virtual_stages=plan.num_chunks, schedule=plan.name)
+    mesh = make_mesh(config)
     stages = [make_stage(plan.stage(rank, chunk)) for chunk in range(plan.num_chunks)]
     first, losses = inputs(rows), [0.0] * len(rows)
 
@@ -88,7 +90,8 @@ def on_this_rank(plan: Schedule, rows: list[int]) -> tuple[list[float], list[tup
         losses[number] = float(loss.detach())
         return loss
 
-    run_pipeline(plan, group, forward, [(n, WIDTH) for n in rows], torch.bfloat16)
+    run_pipeline(plan, mesh.links, forward, [(n, WIDTH) for n in rows], torch.bfloat16)
+    mesh.close()
     return losses, gradients_of(stages)
 
 

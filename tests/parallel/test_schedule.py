@@ -223,13 +223,13 @@ def test_interleaved_keeps_few_more_where_ranks_do_not_divide_micro_batches(
 
 @settings(max_examples=40, deadline=None)
 @given(plans())
-def test_both_ends_of_a_channel_have_one_order(plan: Schedule) -> None:
-    sent: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
-    received: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+def test_both_ends_of_a_link_have_one_order(plan: Schedule) -> None:
+    sent: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    received: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
     for rank, entries in enumerate(transfers(plan)):
         for t in entries:
-            channel, ends = ((rank, t.peer), sent) if t.sends else ((t.peer, rank), received)
-            ends.setdefault(channel, []).append((t.what, t.micro_batch, t.stage))
+            link, ends = ((t.what, rank, t.peer), sent) if t.sends else ((t.what, t.peer, rank), received)
+            ends.setdefault(link, []).append((t.micro_batch, t.stage))
     assert sent == received
     hops = (plan.num_stages * plan.num_chunks - 1) * plan.num_micro_batches * (plan.num_stages > 1)
     assert sum(map(len, sent.values())) == 2 * hops

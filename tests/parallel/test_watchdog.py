@@ -232,6 +232,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 def begin_after_a_death() -> str:
     mesh = make_mesh(ParallelConfig(tp=2))
+    all_reduce(torch.ones(3), mesh.tp)  # both have made it
     dog = failure.watchdog()
     assert dog is not None
     dog.stop()
