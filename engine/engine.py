@@ -316,6 +316,8 @@ def _model(model_config: ModelConfig, config: EngineConfig, placement: Placement
             "the program has connected the ranks without NCCL, by which the memory of GPUs travels; leave that to "
             'the engine, or init_process_group("cpu:gloo,cuda:nccl")'
         )
+    if device.type == "cuda":
+        placement.mesh.links.connect(device)
     with device:
         return Transformer(model_config, dtype, placement, kv_dtype)
 

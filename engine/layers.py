@@ -7,10 +7,6 @@ packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
 
@@ -25,8 +21,6 @@ from engine.parallel.context import share_keys
 from engine.parallel.mesh import Mesh
 from engine.parallel.shards import head_shard, row_shard
 from engine.parallel.tensor import column_linear, row_linear
-
-T = TypeVar("T")
 
 
 def matrix(name: str, rows: int, columns: int, dtype: torch.dtype) -> Weight:
@@ -109,10 +103,7 @@ class FeedForward:
 
 class Layer:
     """One decoder layer. The residual stream x and what is still to be added to it travel apart, so that each addition
-    is one kernel with the norm that follows it. `place` is its number among the layers of this rank.
-
-    Lanes of a batch (see `TokenBatch.lanes`) go through it side by side, because attention needs the keys of all.
-    """
+    is one kernel with the norm that follows it. `place` is its number among the layers of this rank."""
 
     def __init__(
         self,
@@ -134,21 +125,13 @@ class Layer:
         self.post_norm = vector(f"{name}.post_attention_layernorm.weight", config.hidden_size, dtype)
         self.feed_forward = FeedForward(f"{name}.mlp", config, row, dtype, mesh)
 
-    def __call__(self, lanes: Sequence[TokenBatch], *streams: Any) -> list[Tensor]:
-        """x of each lane and then, of each, what is to be added to it (a first layer's None): [T, D] -> [T, D]."""
-        count = len(lanes)
-        own = [_lane(self, number) for number in range(count)]
-        before = zip(own, streams[:count], streams[count:], lanes, strict=True)
-        started = [layer.start(x, delta, batch) for layer, x, delta, batch in before]
-        x, qkv = [x for x, _ in started], [qkv for _, qkv in started]
-        kv: list[Any] = [None]
-        del started
-        if lanes[0].context is not None:
-            qkv, kv = share_keys(qkv, self.attention.spec, lanes[0].context)  # -> [T, H Dh], [T_kv, 2 K Dh]
-        # What is through is let go: a lane's qkv does not wait for its feed-forward part.
-        mixed = [own[i].attention(qkv.pop(0), kv.pop(0), lanes[i], self.place) for i in range(count)]
-        ended = [own[i].end(x.pop(0), mixed.pop(0), lanes[i]) for i in range(count)]
-        return [x for x, _ in ended] + [delta for _, delta in ended]
+    def __call__(self, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """x and what is still to be added to it (a first layer's None) -> the same after this layer, each [T, D]."""
+        x, qkv = self.start(x, delta, batch)
+        kv = None
+        if batch.context is not None:
+            (qkv,), (kv,) = share_keys([qkv], self.attention.spec, batch.context)  # -> [T, H Dh], [T_kv, 2 K Dh]
+        return self.end(x, self.attention(qkv, kv, batch, self.place), batch)
 
     def start(self, x: Tensor, delta: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """x + delta [T, D], and what attention takes, [T, (H + 2 K) Dh]."""
@@ -159,16 +142,3 @@ class Layer:
         """x and what attention adds to it -> x and what the feed-forward part adds to it, each [T, D]."""
         x, h = add_rms_norm(x, h, self.post_norm, self.eps)
         return x, self.feed_forward(h, batch)
-
-
-def _lane(part: T, number: int) -> T:
-    """The same part of a layer, its weights' gradients those of another lane."""
-    if number == 0:
-        return part
-    twin = copy(part)
-    for name, value in vars(part).items():
-        if isinstance(value, Weight):
-            setattr(twin, name, value.lane(number))
-        elif isinstance(value, Attention | FeedForward | Linear):
-            setattr(twin, name, _lane(value, number))
-    return twin

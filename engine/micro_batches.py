@@ -24,6 +24,7 @@ from engine.parallel.collectives import broadcast_object
 from engine.parallel.context import choose_rows
 from engine.parallel.pipeline import run_pipeline
 from engine.parallel.schedule import forwards_only, schedule
+from engine.side_by_side import SideBySide
 from engine.targets import Target, temperatures
 
 T = TypeVar("T")
@@ -57,7 +58,16 @@ class MicroBatches:
     def __init__(self, model: Transformer, config: ParallelConfig) -> None:
         self.model = model
         self.config = config
-        self.context_lanes = config.context_lanes or model.mesh.cp.size  # of all ranks, in gradients
+        self.lanes = SideBySide(model, (config.context_lanes or model.mesh.cp.size) // model.mesh.cp.size)
+
+    @property
+    def context_lanes(self) -> int:
+        """In how many lanes gradients are summed, on all context-parallel ranks together."""
+        return self.lanes.num_lanes * self.model.mesh.cp.size
+
+    @context_lanes.setter
+    def context_lanes(self, num_lanes: int) -> None:
+        self.lanes = SideBySide(self.model, num_lanes // self.model.mesh.cp.size)
 
     def learn(self, batches: list[list[Target]], loss: Loss, totals: Totals) -> list[list[Tensor]]:
         """Forwards and backwards; the log-probabilities of each sample's loss tokens, for each micro-batch. Adds what
@@ -83,7 +93,7 @@ class MicroBatches:
             return hidden.sum() * 0.0  # the stages before wait for a gradient
 
         with torch.inference_mode(False):
-            packed = [self._packed([target.inputs for target in targets], self.context_lanes) for targets in batches]
+            packed = [self._packed([target.inputs for target in targets], self.lanes.num_lanes) for targets in batches]
             self._run(packed, finish, learns=True)
         outcome = (seen, values, failure and described(failure, "on the last pipeline stage"))
         seen, values, told = self._from_last_stage(outcome)
@@ -103,8 +113,7 @@ class MicroBatches:
             scored[number] = list(logprobs.cpu().split([len(s) - 1 for s in batches[number]]))
             return logprobs
 
-        num_lanes = self.model.mesh.cp.size
-        packed = [self._packed([s[:-1] for s in sequences], num_lanes) for sequences in batches]
+        packed = [self._packed([s[:-1] for s in sequences], 1) for sequences in batches]
         self._run(packed, finish, learns=False)
         scored = self._from_last_stage(scored)
         return [scored[number] for number in range(len(batches))]
@@ -120,12 +129,12 @@ class MicroBatches:
         plan = schedule(name, stages, len(batches), len(model.chunks))
 
         def forward(number: int, chunk: int, stream: Tensor | None) -> Tensor:
-            out = model.forward(batches[number], stream, chunk)
+            out = self.lanes.forward(batches[number], stream, chunk)
             return finish(number, out) if model.chunks[chunk].last else out
 
-        shapes = [model.stream_shape(batch) for batch in batches]
+        shapes = [self.lanes.stream_shape(batch) for batch in batches]
         plan = plan if learns else forwards_only(plan)
-        run_pipeline(plan, model.mesh.pp, forward, shapes, model.dtype, model.device)
+        run_pipeline(plan, model.mesh.links, forward, shapes, model.dtype, model.device)
 
     def _loss(
         self, packed: list[TokenBatch], hidden: Tensor, targets: list[Target], loss: Loss, totals: Totals
@@ -172,13 +181,12 @@ class MicroBatches:
         hidden = choice.take(hidden)  # [T, D] -> [rows of the N that are here, D]
         mine, device = choice.mine, self.model.device
         inverse = None if inverse is None else upload(inverse[mine], device)
-        return choice.whole(*self.model.token_logprob(hidden, upload(tokens[mine], device), inverse, choice.counts))
+        return choice.whole(*self.lanes.token_logprob(hidden, upload(tokens[mine], device), inverse, choice.counts))
 
     def _packed(self, sequences: list[list[int]], num_lanes: int) -> list[TokenBatch]:
-        """This rank's lanes of `num_lanes`."""
-        model, cp = self.model, self.model.mesh.cp
-        scattered = model.placement.sequence_parallel
-        return TokenBatch.lanes(sequences, scattered, cp, num_lanes // cp.size, model.device)
+        """What this rank computes of the sequences, in lanes."""
+        model = self.model
+        return TokenBatch.lanes(sequences, model.placement.sequence_parallel, model.mesh.cp, num_lanes, model.device)
 
     def _from_last_stage(self, value: T) -> T:
         return broadcast_object(value, self.model.mesh.pp, self.model.mesh.pp.size - 1)

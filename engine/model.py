@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,8 @@ from engine.parts import (
     tensor_shapes,
     vocabulary_rows,
 )
+
+HEAD_BUCKET = 0  # see `Transformer.gradient_buckets`
 
 
 @dataclass(frozen=True)
@@ -115,80 +117,57 @@ class Transformer:
         serving = {OPS[name].chosen(self.dtype, self.device.type).name for name in ops}
         return serving == {"cpu"} if self.device.type == "cpu" else "torch" not in serving
 
-    def forward(self, batch: TokenBatch | Sequence[TokenBatch], stream: Tensor | None = None, chunk: int = 0) -> Tensor:
+    def forward(self, batch: TokenBatch, stream: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after the last norm, [T, D], all rows on every tensor-parallel rank.
 
         A chunk of a pipeline takes the residual stream of the chunk before it (the first takes none) and returns its
         own, [T, D], or this rank's share of the rows where the batch is scattered.
-
-        With several lanes (see `TokenBatch.lanes`) all of this is their rows, lane after lane, and the backward adds
-        what it has for a weight from lane i to the gradient of `Weight.lane(i)`.
         """
         here = self.chunks[chunk]
-        lanes = [batch] if isinstance(batch, TokenBatch) else batch
-        streams = self._embedded(lanes) if here.first else self._split(stream, lanes)
-        streams = self._run(here.layers[0], lanes, *streams, *[None] * len(lanes))
-        for layer in here.layers[1:]:
-            streams = self._run(layer, lanes, *streams)
-        ends = zip(lanes, streams[: len(lanes)], streams[len(lanes) :], strict=True)
-        return _joined([self._end(here, number, *each) for number, each in enumerate(ends)])
+        x, delta = self.start(here, batch, stream), None
+        for layer in here.layers:
+            x, delta = self.run(layer.place, partial(layer, batch=batch), x, delta)
+        return self.end(here, batch, x, delta)
 
-    def stream_shape(self, batch: TokenBatch | Sequence[TokenBatch]) -> tuple[int, int]:
-        """What passes from chunk to chunk: all rows, or this rank's share of them, [T or S, D]."""
-        lanes = [batch] if isinstance(batch, TokenBatch) else batch
-        return sum(map(self._stream_rows, lanes)), self.config.hidden_size
+    def start(self, here: Chunk, batch: TokenBatch, stream: Tensor | None) -> Tensor:
+        """The residual stream that a chunk begins with: the embedding [T] -> [T, D], or what the chunk before it
+        ended with."""
+        if here.first:
+            group, rows = self.mesh.tp, batch.scattered_rows
+            return vocabulary_embedding(batch.tokens, self.embed, self.vocabulary.first, group, rows)
+        assert stream is not None, "a chunk after the first takes the stream of the one before it"
+        return stream
 
-    def token_logprob(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        inv_temperature: Tensor | None = None,
-        lane_rows: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target and entropy of its distribution: [N, D], int32 [N] -> [N], [N]; the same on
-        every tensor-parallel rank. See `kernels.token_logprob`. `lane_rows`: how many of the N rows are of each lane,
-        where there are several."""
-        (hidden,) = self._told(0, hidden)
-        first, group = self.vocabulary.first, self.mesh.tp
-        if lane_rows is None or len(lane_rows) == 1:
-            return vocabulary_logprob(hidden, self.head, targets, inv_temperature, first, group)
-        sizes = list(lane_rows)
-        inverse = [None] * len(sizes) if inv_temperature is None else inv_temperature.split(sizes)
-        lanes = enumerate(zip(hidden.split(sizes), targets.split(sizes), inverse, strict=True))
-        results = [vocabulary_logprob(x, self.head.lane(i), ids, scale, first, group) for i, (x, ids, scale) in lanes]
-        logprobs, entropy = zip(*results, strict=True)
-        return torch.cat(logprobs), torch.cat(entropy)
+    def run(self, place: int, layer: Callable[..., Any], *streams: Tensor | None) -> Any:
+        """What the layer of that place makes of residual streams: its activations are kept, or computed again in the
+        backward, which says when it is through with the layer."""
+        told = self.told(self.has_last + len(self.layers) - 1 - place, *streams)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *told, use_reentrant=False, preserve_rng_state=False)
+        return layer(*told)
 
-    def _embedded(self, lanes: Sequence[TokenBatch]) -> list[Tensor]:
-        """The first residual stream of each lane, [T] -> [T, D]."""
-        first, group = self.vocabulary.first, self.mesh.tp
-        return [
-            vocabulary_embedding(lane.tokens, self.embed.lane(number), first, group, lane.scattered_rows)
-            for number, lane in enumerate(lanes)
-        ]
-
-    def _end(self, here: Chunk, number: int, lane: TokenBatch, x: Tensor, delta: Tensor) -> Tensor:
-        """What a chunk hands on of a lane."""
+    def end(self, here: Chunk, batch: TokenBatch, x: Tensor, delta: Tensor | None) -> Tensor:
+        """What a chunk hands on: the hidden states after the last norm, or the stream for the chunk after it."""
+        assert delta is not None, "a chunk has at least one layer"
         if not here.last:
             return _sum(x, delta)
-        normed = add_rms_norm(x, delta, self.norm.lane(number), self.config.rms_norm_eps)[1]
-        return all_rows(normed, self.mesh.tp, lane.scattered_rows)  # [T, D]
+        normed = add_rms_norm(x, delta, self.norm, self.config.rms_norm_eps)[1]
+        return all_rows(normed, self.mesh.tp, batch.scattered_rows)  # [T, D]
 
-    def _split(self, stream: Tensor | None, lanes: Sequence[TokenBatch]) -> Sequence[Tensor]:
-        """The stream of the chunk before, lane by lane."""
-        assert stream is not None, "a chunk after the first takes the stream of the one before it"
-        return [stream] if len(lanes) == 1 else stream.split([self._stream_rows(lane) for lane in lanes])
+    def stream_shape(self, batch: TokenBatch) -> tuple[int, int]:
+        """What passes from chunk to chunk: all rows, or this rank's share of them, [T or S, D]."""
+        rows = batch.num_tokens if batch.scattered_rows is None else -(-batch.scattered_rows // self.mesh.tp.size)
+        return rows, self.config.hidden_size
 
-    def _stream_rows(self, lane: TokenBatch) -> int:
-        return lane.num_tokens if lane.scattered_rows is None else -(-lane.scattered_rows // self.mesh.tp.size)
+    def token_logprob(
+        self, hidden: Tensor, targets: Tensor, inv_temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target and entropy of its distribution: [N, D], int32 [N] -> [N], [N]; the same on
+        every tensor-parallel rank. See `kernels.token_logprob`."""
+        (hidden,) = self.told(HEAD_BUCKET, hidden)
+        return vocabulary_logprob(hidden, self.head, targets, inv_temperature, self.vocabulary.first, self.mesh.tp)
 
-    def _run(self, layer: Layer, lanes: Sequence[TokenBatch], *streams: Tensor | None) -> list[Tensor]:
-        streams = self._told(self.has_last + len(self.layers) - 1 - layer.place, *streams)
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, lanes, *streams, use_reentrant=False, preserve_rng_state=False)
-        return layer(lanes, *streams)
-
-    def _told(self, bucket: int, *tensors: Any) -> Any:
+    def told(self, bucket: int, *tensors: Any) -> Any:
         """The tensors, with a note in the graph: a backward that has come back to them is through with the bucket."""
         if self.backward_passed is None or not torch.is_grad_enabled():
             return tensors
@@ -278,10 +257,6 @@ class Transformer:
             tied = self.config.tie_word_embeddings  # then it is the embedding, or a copy that the first stage owns
             if not (self.has_first and tied):
                 yield vocabulary_rows(self.head, EMBEDDING if tied else HEAD, vocabulary, size, owned=not tied)
-
-
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _sum(x: Tensor, delta: Tensor) -> Tensor:

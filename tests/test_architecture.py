@@ -33,6 +33,7 @@ FLOORS: dict[str, tuple[int, int]] = {
     "engine.parts": (2, 3),
     "engine.gather": (2, 4),
     "engine.model": (2, 4),
+    "engine.side_by_side": (2, 5),
     "engine.checkpoint": (3, 0),
     "engine.losses": (3, 0),
     "engine.planner.": (3, 1),

@@ -62,15 +62,15 @@ class Recorded:
     first call with all of them. What a call returns is good until the next one."""
 
     def __init__(self, forward: Callable[[int], Tensor], max_rows: int) -> None:
+        self.max_rows = max_rows
         self._forward = forward
-        self._max_rows = max_rows
         self.graph: Graph | None = None
         self._out: Tensor | None = None
 
     def __call__(self, rows: int) -> Tensor:
         if self.graph is None or self._out is None:
             with Graph() as graph:
-                self._out = self._forward(self._max_rows)
+                self._out = self._forward(self.max_rows)
             self.graph = graph
         self.graph.replay(rows)
         return self._out[:rows]

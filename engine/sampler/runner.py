@@ -30,13 +30,13 @@ from engine.kernels.cuda_graph import CudaGraphs
 from engine.kernels.graph import Recorded
 from engine.kernels.memory import upload
 from engine.model import Transformer
-from engine.parallel.collectives import Pending, start_receive, start_send
+from engine.parallel.collectives import Pending
 from engine.parallel.context import ContextShard, choose_rows, deal_rows
+from engine.parallel.links import STREAMS, TOKENS
 from engine.sampler.draw import Drawing, Drawn
 from engine.sampler.scheduler import Step
 from engine.sampler.slots import Slots
 
-STREAM, DRAWN = 0, 1  # tags of messages between stages
 SHARED_ROWS = 128  # from so many for each context-parallel rank on, a step's rows are worth dealing out
 
 
@@ -72,7 +72,7 @@ class Runner:
 
     def __init__(self, model: Transformer, num_pages: int, page_size: int, max_batch_tokens: int) -> None:
         self.model = model
-        self.stages = model.mesh.pp
+        self.stages, self.links = model.mesh.pp, model.mesh.links
         self.page_size = page_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -82,14 +82,21 @@ class Runner:
                 self.keys.append(keys)
                 self.values.append(values)
         self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32, device=model.device)
-        self._plan = AttentionPlan()
+        self._plan = AttentionPlan()  # of recorded forwards
+        self._eager_plan = AttentionPlan()
         width = model.config.hidden_size
         self._streams = [
             None if chunk.first else torch.zeros((max_batch_tokens, width), dtype=model.dtype, device=model.device)
             for chunk in model.chunks
         ]
-        recorder = Recorded if model.device.type == "cpu" else CudaGraphs
-        self.recorded = [recorder(partial(self._run, chunk), max_batch_tokens) for chunk in range(len(model.chunks))]
+        max_pages = -(-min(num_pages * page_size, model.config.max_position_embeddings) // page_size)
+        forwards = [partial(self._run, self._plan, chunk) for chunk in range(len(model.chunks))]
+        self.recorded: list[Recorded | CudaGraphs] = [
+            Recorded(forward, max_batch_tokens)
+            if model.device.type == "cpu"
+            else CudaGraphs(forward, self._plan, model.device, max_batch_tokens, max_pages)
+            for forward in forwards
+        ]
         self._round: list[Flight | None] = []
         self._sends: list[Pending[None]] = []
 
@@ -139,7 +146,7 @@ class Runner:
         if not self.model.has_last and len(flight.drawing):
             last = self.stages.size - 1
             size = (flight.drawing.message_size,)
-            flight.message = start_receive(size, torch.int32, self.stages, last, tag=DRAWN)
+            flight.message = self.links.receive(size, torch.int32, TOKENS, last)
         elif not len(flight.drawing):
             flight.drawn = Drawn.empty(0)
         return flight
@@ -172,18 +179,21 @@ class Runner:
             batch = TokenBatch(tokens, lane.plan, KVView(self.keys, self.values), context=flight.context)
             return self.model.forward(batch, stream, chunk)
         total = len(flight.tokens)
-        self._plan.build(*flight.plan, self.page_size)
+        recorded = self.recorded[chunk]
+        replays = self.model.recordable and total <= recorded.max_rows
+        plan = self._plan if replays else self._eager_plan
+        plan.build(*flight.plan, self.page_size)
         if self.model.chunks[chunk].first:
             self._tokens[:total] = upload(torch.from_numpy(flight.tokens), self.model.device)
         buffer = self._streams[chunk]
         if buffer is not None and stream is not None:
             buffer[:total] = stream
-        return self.recorded[chunk](total) if self.model.recordable else self._run(chunk, total)
+        return recorded(total) if replays else self._run(plan, chunk, total)
 
-    def _run(self, chunk: int, rows: int) -> Tensor:
+    def _run(self, plan: AttentionPlan, chunk: int, rows: int) -> Tensor:
         """The forward of `rows` rows of the buffers."""
         buffer = self._streams[chunk]
-        batch = TokenBatch(self._tokens[:rows], self._plan, KVView(self.keys, self.values))
+        batch = TokenBatch(self._tokens[:rows], plan, KVView(self.keys, self.values))
         return self.model.forward(batch, None if buffer is None else buffer[:rows], chunk)
 
     # ---- between stages ----
@@ -194,20 +204,20 @@ class Runner:
             return flight.stream
         shape, before = (flight.num_rows, self.model.config.hidden_size), (self.stages.index - 1) % self.stages.size
         model = self.model
-        return start_receive(shape, model.dtype, self.stages, before, STREAM, model.device).wait()
+        return self.links.receive(shape, model.dtype, STREAMS, before, model.device).wait()
 
     def _pass_on(self, flight: Flight, hidden: Tensor) -> None:
         if self.stages.size == 1:
             flight.stream = hidden.clone()
         else:  # a copy: the next replay writes where this one did
             after = (self.stages.index + 1) % self.stages.size
-            self._sends.append(start_send(hidden.clone(), self.stages, after, tag=STREAM))
+            self._sends.append(self.links.send(hidden.clone(), STREAMS, after))
 
     def _tell(self, flight: Flight) -> None:
         """Sends what was sampled to the stages before."""
         if self.stages.size > 1 and flight.drawn is not None:
             message = flight.drawing.pack(flight.drawn)
-            self._sends += [start_send(message, self.stages, to, DRAWN) for to in range(self.stages.size - 1)]
+            self._sends += [self.links.send(message, TOKENS, to) for to in range(self.stages.size - 1)]
 
     def _settle(self) -> None:
         """Lets go of messages that are old enough to have arrived."""

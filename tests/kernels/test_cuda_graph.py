@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
-from engine.kernels.cuda_graph import MAX_GRAPH_ROWS, CudaGraphs, Forward, ladder
+from engine.kernels.attention_plan import AttentionPlan
+from engine.kernels.cuda_graph import MAX_GRAPH_ROWS, Captured, CudaGraphs, Forward, capture, ladder
+from engine.kernels.op import triton_missing
+
+needs_triton = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "installed")
 
 
 class Tape:
     """Captures by running the forward again at each replay, into the same output."""
 
-    def __init__(self, monkeypatch) -> None:
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    def __init__(self) -> None:
         self.captured: list[int] = []
         self.replayed: list[int] = []
 
-    def __call__(self, forward: Forward, rows: int, pool: object) -> tuple[Callable[[], None], Tensor]:
-        assert pool == "pool"
+    def __call__(self, forward: Forward, rows: int, pool: object) -> Captured:
+        assert pool == ("pool" if self.captured else None)
         self.captured.append(rows)
         out = forward(rows)
 
@@ -28,7 +28,12 @@ class Tape:
             self.replayed.append(rows)
             out.copy_(forward(rows))
 
-        return replay, out
+        return replay, out, "pool"
+
+
+def graphs(forward: Forward, buffer_rows: int, tape: Tape | None = None) -> CudaGraphs:
+    plan = AttentionPlan.of_sequences([1])
+    return CudaGraphs(forward, plan, torch.device("cpu"), buffer_rows, 1, tape or capture)
 
 
 @pytest.mark.parametrize(
@@ -43,30 +48,25 @@ def test_no_graph_is_larger_than_the_largest():
     assert ladder(10_000)[-2:] == [MAX_GRAPH_ROWS - 8, MAX_GRAPH_ROWS]
 
 
-def test_all_sizes_are_captured_once_and_the_largest_first(monkeypatch):
-    tape = Tape(monkeypatch)
-    run = CudaGraphs(lambda rows: torch.zeros(rows, 2), 10, tape)
+@needs_triton
+def test_all_sizes_are_captured_once_and_the_largest_first():
+    tape = Tape()
+    run = graphs(lambda rows: torch.zeros(rows, 2), 10, tape)
     for rows in (3, 10, 1):
         run(rows)
     assert tape.captured == [10, 8, 4, 2, 1]
 
 
-def test_the_first_graph_that_is_large_enough_serves_and_its_real_rows_come_back(monkeypatch):
-    tape, buffer = Tape(monkeypatch), torch.arange(20.0)
-    run = CudaGraphs(lambda rows: 2 * buffer[:rows], 20, tape)
+@needs_triton
+def test_the_first_graph_that_is_large_enough_serves_and_its_real_rows_come_back():
+    tape, buffer = Tape(), torch.arange(20.0)
+    run = graphs(lambda rows: 2 * buffer[:rows], 20, tape)
     for rows in range(1, 21):
         buffer.add_(1)
         assert torch.equal(run(rows), 2 * buffer[:rows])
     assert tape.replayed == [1, 2, *[4] * 2, *[8] * 4, *[16] * 8, *[20] * 4]
 
 
-def test_more_rows_than_any_graph_has_run_eagerly(monkeypatch):
-    tape, seen = Tape(monkeypatch), []
-
-    def forward(rows: int) -> Tensor:
-        seen.append(rows)
-        return torch.zeros(rows, 2)
-
-    run = CudaGraphs(forward, 2048, tape)
-    assert run(MAX_GRAPH_ROWS + 1).shape == (MAX_GRAPH_ROWS + 1, 2)
-    assert (tape.captured, seen) == ([], [MAX_GRAPH_ROWS + 1])
+def test_a_graph_takes_no_more_rows_than_it_says():
+    assert graphs(lambda rows: torch.zeros(rows, 2), 2048).max_rows == MAX_GRAPH_ROWS
+    assert graphs(lambda rows: torch.zeros(rows, 2), 24).max_rows == 24

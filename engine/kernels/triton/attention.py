@@ -68,8 +68,9 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     if major == 9:
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
             return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
-        block_n = 128 if width <= 64 else 64
-        return Tiles(128, 64, block_n, warps=8, programs=processors, decode_programs=2 * processors)
+        # 128 columns do not leave room for `run`, which is touched once a split: it is what the compiler spills. With 64
+        # keys nothing is spilled, but Q K^T then waits for shared memory.
+        return Tiles(128, 64, 128, warps=8, programs=processors, decode_programs=2 * processors)
     block_n, stages = (64, 2) if width <= 128 else (32, 1)
     return Tiles(
         64, 64, block_n, warps=8, decode_warps=8, stages=stages, programs=processors, decode_programs=processors
@@ -211,7 +212,10 @@ def _attend(
                 part_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
             key = tile + tl.arange(0, BLOCK_N)
             present = key < key_end
-            if PAGE:
+            if PAGE and PAGE % BLOCK_N == 0:  # a tile lies in one page
+                page = tl.load(tables + table + tile // PAGE).to(tl.int64)
+                start = page * page_stride + key % PAGE * slot_stride
+            elif PAGE:
                 page = tl.load(tables + table + key // PAGE, mask=present, other=0).to(tl.int64)
                 start = page * page_stride + key % PAGE * slot_stride
             else:

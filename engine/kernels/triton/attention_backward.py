@@ -73,7 +73,7 @@ def backward(
     k_norm: Weight | None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of qkv, and of kv where keys and values are given apart; those of the norms are added to their weights'.
+    """Gradients of qkv, and of kv where that is given; those of the norms are added to their weights' gradients.
 
     d_out, out [T, H Dh] in qkv's dtype and lse, fp32 [T, H] to base 2, are contiguous. Rows past the plan's have
     gradients of 0. Turned queries and keys are computed again: to save them would take the memory of qkv once more for
@@ -106,8 +106,10 @@ def backward(
         if norm is not None:
             weight = norm.data
             sums = empty((programs[0] * programs[1], spec.head_dim), torch.float32, device)
-        launch(kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x, weight, d_x, sums, work,
-               spec.scale * _LOG2E, spec.scale, spec.eps, x.stride(0), d_x.stride(0), **block, **shape)  # fmt: skip
+        launch(
+            kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x, weight, d_x, sums, work,
+            spec.scale * _LOG2E, spec.scale, spec.eps, x.stride(0), d_x.stride(0), **block, **shape,
+        )  # fmt: skip
         if norm is not None and sums is not None:
             add_column_sums_(sums, norm.grad_buffer())
 
@@ -161,16 +163,16 @@ def _counted(counts: np.ndarray) -> np.ndarray:
 
 
 @triton.constexpr_function
-def _whole_tokens(rows: int, group: int) -> int:
-    """Rows of a tile that holds whole tokens only, where it can hold one."""
-    return rows // group * group if group <= rows else rows
+def _whole_tokens(rows: int, group: int, smallest: int = 0) -> int:
+    """Rows that a tile of `rows` takes: whole tokens only, where one fits the `smallest` tile that takes part."""
+    return rows // group * group if group <= (smallest or rows) else rows
 
 
 @triton.jit
-def _rows_of(row, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Tokens and heads of the rows from `row` on, tokens counted from that of `row`."""
+def _rows_of(row, BLOCK: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    """Tokens and heads of the rows from `row` on, tokens counted from that of `row`; tiles are STEP rows apart."""
     lane = tl.arange(0, BLOCK)
-    if GROUP > BLOCK:  # else tiles start with a token
+    if STEP % GROUP != 0:  # else tiles start with a token
         lane += row % GROUP
     return lane // GROUP, lane % GROUP
 
@@ -197,7 +199,8 @@ def _load_rows(pointer, valid, MASKED: tl.constexpr):
 @triton.jit
 def _walk_keys(
     d_q, q, d_out, lse, delta, own, k, v, factor, begin, end, jump, over, last,
-    KEY_ROW: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    KEY_ROW: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds dS K of the key tiles from `begin` to `end` to d_q, those from `jump` on moved on by `over` (where MASKED).
     Keys and `own`, the last that a row sees, count from where `k` and `v` point; `last` is the highest of these."""
@@ -239,7 +242,7 @@ def _grad_queries(
     row = tl.load(work + tile * 4 + 2)
     first_key = tl.load(work + tile * 4 + 3)
     first += row // GROUP
-    tokens, heads = _rows_of(row, ROWS, GROUP)
+    tokens, heads = _rows_of(row, ROWS, GROUP, STEP)
     heads += kv_head * GROUP
     tokens += first
     valid = (tokens < last_token) & (tl.arange(0, ROWS) < STEP)
@@ -273,20 +276,20 @@ def _grad_queries(
                      full_begin, full_end - full_begin, highest, KEY_ROW, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
 
     position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
+    program = tile * tl.num_programs(1) + kv_head
     turn_back(d_q * scale, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
-              d_x + wide * d_x_row + heads * DIM, norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
+              d_x + wide * d_x_row + heads * DIM, norm_sums, program, valid, eps, DIM, BLOCK)  # fmt: skip
 
 
 @triton.jit
 def _walk_rows(
     d_k, d_v, k, v, q, d_out, lse, delta, last_keys, factor, first, begin, end, jump, over, last_row, key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    STEP: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v, those from `jump` on moved on by `over`
-    (where MASKED). Rows count from token `first`. Those from `last_row` on have q = dO = D = 0, hence add zeros, whatever
-    their P."""
-    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v, those from `jump` on moved on by
+    `over` (where MASKED). Rows count from token `first`; a tile takes STEP of them. Those from `last_row` on have
+    q = dO = D = 0, hence add zeros, whatever their P."""
     PARTIAL: tl.constexpr = MASKED or STEP != ROWS
     column, inside = head_columns(DIM, BLOCK)
     keys = key + tl.arange(0, KEYS)
@@ -294,7 +297,7 @@ def _walk_rows(
     for row in range(begin, end, STEP):
         if MASKED:
             row += tl.where(row >= jump, over, 0)
-        tokens, heads = _rows_of(row, ROWS, GROUP)
+        tokens, heads = _rows_of(row, ROWS, GROUP, STEP)
         token = first + row // GROUP
         valid = lane < tl.minimum(last_row - row, STEP)
         base = tl.cast(token, tl.int64) * HEADS  # what follows fits 32 bits, and fewer registers
@@ -326,7 +329,9 @@ def _grad_keys(
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    HALF: tl.constexpr = ROWS // 2  # of a tile with masks, which take registers
+    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP, HALF)
+    HALF_STEP: tl.constexpr = _whole_tokens(HALF, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_key = tl.load(work + tile * 7)
@@ -349,16 +354,20 @@ def _grad_keys(
     delta += kv_head * GROUP
 
     end = (hidden - seen) * GROUP
-    full_begin = tl.cdiv((whole - seen) * GROUP, STEP) * STEP
-    full_end = tl.maximum(tl.minimum((cut - seen) * GROUP, end) // STEP * STEP, full_begin)
+    full_begin = tl.cdiv((whole - seen) * GROUP, HALF_STEP) * HALF_STEP
+    full_end = full_begin + tl.maximum((cut - seen) * GROUP - full_begin, 0) // STEP * STEP
     d_k = tl.zeros([KEYS, BLOCK], tl.float32)
     d_v = tl.zeros([KEYS, BLOCK], tl.float32)
     d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin, full_end,
-                          0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, False)  # fmt: skip
+                          0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, STEP, KEYS, WINDOW, False)  # fmt: skip
     d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, 0,
                           full_begin + end - full_end, full_begin, full_end - full_begin, end, key,
-                          HEADS, GROUP, DIM, BLOCK, ROWS, KEYS, WINDOW, True)  # fmt: skip
+                          HEADS, GROUP, DIM, BLOCK, HALF, HALF_STEP, KEYS, WINDOW, True)  # fmt: skip
 
+    # Read again, or the compiler carries addresses of rows through both loops, for which there are no registers.
+    keys = tl.load(work + tile * 7, volatile=True) + tl.load(work + tile * 7 + 1, volatile=True) + tl.arange(0, KEYS)
+    valid = tl.arange(0, KEYS) < tl.load(work + tile * 7 + 2, volatile=True)
+    wide = keys.to(tl.int64)
     d_x += kv_head * DIM
     to = d_x + wide * d_x_row
     values = to[:, None] + tl.num_programs(1) * DIM + column[None, :]

@@ -66,7 +66,9 @@ class _Buffer:
         flat = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32).reshape(-1))
         if flat.numel() > self.data.numel():
             self.reserve(flat.numel() * (2 - self.fixed))
-        self.data[: flat.numel()].copy_(flat)
+        if self.data.is_cuda:
+            flat = flat.pin_memory()  # so that the host does not wait for the copy
+        self.data[: flat.numel()].copy_(flat, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,15 @@ class DevicePlan:
 
     def reserve(self, num_tokens: int, num_sequences: int, num_table_pages: int) -> None:
         """Room for every batch of up to so many rows in so many sequences, whose page tables name up to so many pages
-        in all (a page counts once a sequence). Later batches that need more are refused."""
+        in all (a page counts once a sequence). Later batches that need more are refused. The batch that is here is
+        forgotten until the next `upload`."""
         sizes = (2, *[num_tokens] * 4, num_table_pages)
         self.fixed = True
         for buffer, size in zip(self._buffers, sizes, strict=True):
             buffer.reserve(size)
             buffer.fixed = True
         self._limits = num_tokens, num_sequences
+        self._version = (-1, -1)
         for lists in self._lists.values():
             lists.reserve(*self._limits)
 
