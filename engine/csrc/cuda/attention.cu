@@ -1,5 +1,5 @@
 // Paged decode attention: a tile of up to 16 (token, query head) rows that share a key/value head, against that head's
-// keys and values, N = 64 at a time (128 where heads are 64 wide).
+// keys and values, N = 128 at a time (64 where heads are wider than 128).
 //
 //            4 warps share the keys of a tile        every warp has every row        4 warps share the columns
 //   q [16, Dh] --- S = q k^T [16, N], by N / 4    --- softmax over S, in shared --- o += P V [16, Dh], by Dh / 4
@@ -7,22 +7,24 @@
 //
 // A row of S lies with the same four threads in all warps, so that each warp has the probabilities it multiplies by V
 // in the registers that the matrix instruction wants them in, and nothing but S crosses between warps. Each warp takes
-// the same exponentials: 4 x 16 x 64 of them in a tile are 256 cycles of the special function units.
+// the same exponentials: 4 x 16 x 128 of them in a tile are 512 cycles of the special function units.
 //
-// Bytes: a tile of keys and values is 64 x Dh x 2 x 2 bytes, 32 KiB at Dh = 128 in bf16, for 4 x 16 x 64 x Dh
+// Bytes: a tile of keys and values is 128 x Dh x 2 x 2 bytes, 64 KiB at Dh = 128 in bf16, for 4 x 16 x 128 x Dh
 // operations, 16 a byte: memory is the limit as long as the rest is hidden behind it. An H200 moves 4.3 TB/s, which is
-// 32 KiB per microsecond and multiprocessor; latency under load is near one microsecond, so 32 KiB have to be under
-// way at all times. Three stages of keys and values at Dh = 128 are 102 KiB of shared memory, two blocks share a
-// multiprocessor, and 64 KiB or more are under way while a tile is computed; at Dh = 256 it is one block of two stages
-// (132 KiB). Both blocks together have two microseconds a tile, 3,500 cycles, for what takes about 1,200 in one: 32
-// matrix instructions a warp, the exponentials and two barriers. Beside the keys and values a batch moves its queries
-// and outputs, 1 / context of that, and partial results: 4 (Dh + 2) bytes a row and split of 512 keys, 3% of a split's
-// bytes at 8 rows a head. So 85% of the bandwidth is what this should reach. No GPU has run it yet.
+// 32 KiB per microsecond and multiprocessor; latency under load is near one microsecond, so 32 KiB have to be under way
+// at all times. At Dh = 128 one block of two stages, 144 KiB of shared memory, has a multiprocessor to itself: while a
+// tile is computed, the values of the next and the keys of the next two, 96 KiB, are under way. (At 64 and 96 two
+// blocks share one; at 256 a tile is 64 keys and as many bytes.) A tile arrives in two microseconds, 3,500 cycles; to
+// compute it takes about 1,800: 32 matrix instructions of a warp for S and 32 for P V, some 500 instructions of a thread
+// for the softmax and two barriers. Beside keys and values a batch moves its queries and outputs, 1 / context of that,
+// and partial results: 4 (Dh + 2) bytes a row and split of 512 keys, written and read, 3% of a split's bytes at 8 rows a
+// head. So 85% of the bandwidth is what this should reach. No GPU has run it yet.
 //
-// Arithmetic: that of engine/kernels/triton/attention.py, operation by operation, contracted only where the source says
-// __fmaf_rn (-fmad=false). The probabilities of a row are added up as Triton does for a matrix instruction's result:
-// each of four threads its own, in sequence (Triton 3.6) or as a tree of neighbours (3.9), and then the four of them.
-// That leaves one question, for a GPU: whether m16n8k16 here and Triton's instructions (wgmma on sm_90) round alike.
+// Arithmetic: that of engine/kernels/triton/attention.py on compute capability 9, operation by operation, contracted
+// only where the source says __fmaf_rn (-fmad=false). The probabilities of a row are added up as Triton adds up what a
+// matrix instruction leaves in the registers of four threads: each its own, in sequence (Triton 3.6) or as a tree of
+// neighbours (3.9), then the four of them; at Dh = 256, where two of Triton's warps share a row, each half so, and then
+// the two. That leaves one question, for a GPU: whether m16n8k16 here and wgmma there round alike.
 #include "attention.h"
 
 #include <cuda_bf16.h>
@@ -45,12 +47,12 @@ constexpr int kTurn = 3;          // numbers of a token to fold
 constexpr int kMaxDevices = 64;
 constexpr float kNoScore = -1e30f;  // the running maximum before the first key
 
-constexpr int keys_of_tile(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
+constexpr int keys_of_tile(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 template <class T, class Page, int DIM>
 struct Shape {
   static constexpr bool kConverts = sizeof(Page) != sizeof(T);  // pages are e4m3: tiles are widened in shared memory
-  static constexpr int kStages = DIM > 128 ? 2 : 3;
+  static constexpr int kStages = 2;
   static constexpr int kKeys = keys_of_tile(DIM);
   static constexpr int kScores = kKeys + 8;  // floats from one row of S to the next: 8 more keep rows in other banks
   // 16 bytes more than a row needs: 8 rows at a distance of an odd number of 16-byte units lie in different banks.
@@ -137,11 +139,20 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 1);
 }
 
-// The sum of what a thread has of a row, neighbours first.
 template <int N>
 __device__ __forceinline__ float tree_sum(const float* x) {
   if constexpr (N == 1) return x[0];
   else return tree_sum<N / 2>(x) + tree_sum<N / 2>(x + N / 2);
+}
+
+// The sum over a row of which this thread has x[0] .. x[N - 1] and three others have the rest.
+template <int N>
+__device__ __forceinline__ float added_up(const float* x, bool tree) {
+  if (tree) return row_sum(tree_sum<N>(x));
+  float sum = x[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) sum = sum + x[i];
+  return row_sum(sum);
 }
 
 // Two softmaxes of different keys: their common maximum, and the factors that bring either's sums to it.
@@ -184,9 +195,10 @@ struct Part {
 };
 
 template <class T, class Page, int DIM>
-__global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const AttentionDecode a) {
+__global__ void __launch_bounds__(kThreads, DIM < 128 ? 2 : 1) decode(const AttentionDecode a) {
   using S = Shape<T, Page, DIM>;
   constexpr int kKeys = S::kKeys, kScores = S::kScores;
+  constexpr int kParts = DIM > 128 ? 2 : 1;          // of a row, that are added up on their own
   constexpr int kShare = kKeys / 8 / kWarps;         // of 8 keys, in a warp's share of S
   constexpr int kSteps = DIM / 16;                   // matrix instructions along the head width
   constexpr int kTiles = DIM / 8 / kWarps;           // of 8 columns, in a warp's share of the output
@@ -354,16 +366,11 @@ __global__ void __launch_bounds__(kThreads, DIM > 128 ? 1 : 2) decode(const Atte
           for (int k = 2 * j; k < 2 * j + 2; ++k) s[k] = exp2_approximate(__fmaf_rn(s[k], a.factor, -top));
           probabilities[j / 2][half + 2 * (j % 2)] = rounded_pair(s[2 * j], s[2 * j + 1], T());
         }
-        float sum = s[0];
-        if (a.tree_sums) {
-          sum = tree_sum<kKeys / 4>(s);
-        } else {
-#pragma unroll
-          for (int k = 1; k < kKeys / 4; ++k) sum = sum + s[k];
-        }
+        float sum = added_up<kKeys / 4 / kParts>(s, a.tree_sums);
+        if constexpr (kParts == 2) sum = sum + added_up<kKeys / 8>(s + kKeys / 8, a.tree_sums);
         const float rescale = exp2_approximate(part.top[half] - top);
         part.top[half] = top;
-        part.sum[half] = __fmaf_rn(part.sum[half], rescale, row_sum(sum));
+        part.sum[half] = __fmaf_rn(part.sum[half], rescale, sum);
 #pragma unroll
         for (int i = 0; i < kTiles; ++i)
           for (int j = 2 * half; j < 2 * half + 2; ++j) part.acc[i][j] = part.acc[i][j] * rescale;
