@@ -21,6 +21,7 @@ from engine.kernels.embedding import embedding
 from engine.kernels.linear import linear
 from engine.kernels.op import OPS, use_backend
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
+from engine.kernels.sample_token import sample_token
 from engine.kernels.shard_logprob import fold_statistics, shard_logprob_backward, shard_statistics
 from engine.kernels.swiglu import swiglu
 from engine.kernels.token_logprob import token_logprob
@@ -136,6 +137,12 @@ def _token_logprob(dtype: torch.dtype) -> None:
         (logprobs.sum() + entropy.sum()).backward()
 
 
+def _sample_token(dtype: torch.dtype) -> None:
+    logits, float_setting = torch.empty(TOKENS, VOCABULARY), torch.empty(TOKENS)
+    top_k, seed = torch.zeros(TOKENS, dtype=torch.int32), torch.zeros(TOKENS, dtype=torch.int64)
+    sample_token(logits, float_setting, top_k, float_setting, float_setting, seed, seed)
+
+
 def _shard_logprob(dtype: torch.dtype) -> None:
     """Eight shards."""
     logits, targets = torch.empty(TOKENS, VOCABULARY // 8), torch.zeros(TOKENS, dtype=torch.int32)
@@ -155,11 +162,12 @@ def _rms_norm(dtype: torch.dtype) -> None:
 
 RUN: dict[str, Callable[[torch.dtype], None]] = {
     "adamw": _adamw,
+    "attention": _attention,
+    "attention_e4m3": _attention_e4m3,
     "embedding": _embedding,
     "linear": _linear,
     "rms_norm": _rms_norm,
-    "attention": _attention,
-    "attention_e4m3": _attention_e4m3,
+    "sample_token": _sample_token,
     "shard_logprob": _shard_logprob,
     "swiglu": _swiglu,
     "token_logprob": _token_logprob,

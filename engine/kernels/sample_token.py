@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.checks import address, check
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, extension
+from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.token_logprob import TOKEN_LOGPROB
 
 _MASK = (1 << 64) - 1
@@ -56,12 +56,12 @@ def sample_token(
     Raises InputError for a shape or dtype that does not fit.
     """
     rows = check("logits", logits, (None, None), torch.float32).shape[0]
-    check("temperature", temperature, (rows,), torch.float32)
-    check("top_k", top_k, (rows,), torch.int32)
-    check("top_p", top_p, (rows,), torch.float32)
-    check("min_p", min_p, (rows,), torch.float32)
-    check("seed", seed, (rows,), torch.int64)
-    check("counter", counter, (rows,), torch.int64)
+    check("temperature", temperature, (rows,), torch.float32, logits.device)
+    check("top_k", top_k, (rows,), torch.int32, logits.device)
+    check("top_p", top_p, (rows,), torch.float32, logits.device)
+    check("min_p", min_p, (rows,), torch.float32, logits.device)
+    check("seed", seed, (rows,), torch.int64, logits.device)
+    check("counter", counter, (rows,), torch.int64, logits.device)
     return SAMPLE_TOKEN["forward", logits](logits, temperature, top_k, top_p, min_p, seed, counter)
 
 
@@ -75,7 +75,7 @@ def top_logprobs(logits: Tensor, k: int, inv_temperature: Tensor | None = None) 
     if not 1 <= k <= vocab:
         raise InputError(f"k is {k}; it must be between 1 and the {vocab} ids of the vocabulary")
     if inv_temperature is not None:
-        check("inv_temperature", inv_temperature, (rows,), torch.float32)
+        check("inv_temperature", inv_temperature, (rows,), torch.float32, logits.device)
     ids = logits.topk(k, dim=-1).indices.int()
     return ids, TOKEN_LOGPROB["forward", logits](logits, ids, inv_temperature)[0]
 
@@ -132,6 +132,7 @@ SAMPLE_TOKEN = Op(
     "sample_token",
     [
         cpu_backend({"forward": _forward_cpu}),
+        triton_backend("sample_token", "forward"),
         Backend("torch", {"forward": _forward_torch}, exact=False),
     ],
 )

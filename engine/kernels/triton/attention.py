@@ -44,7 +44,8 @@ from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.graph import empty
 from engine.kernels.triton import rotate
 from engine.kernels.triton.attention_backward import backward
-from engine.kernels.triton.attention_plan import ITEM, MAX_PARTIALS, TURN, DevicePlan, Tiles, WorkLists
+from engine.kernels.triton.attention_plan import DevicePlan
+from engine.kernels.triton.attention_work import ITEM, MAX_PARTIALS, TURN, Tiles, WorkLists
 from engine.kernels.triton.launch import launch
 from engine.kernels.weight import Weight
 
@@ -68,8 +69,8 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     if major == 9:
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
             return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
-        # 128 columns do not leave room for `run`, which is touched once a split: it is what the compiler spills. With 64
-        # keys nothing is spilled, but Q K^T then waits for shared memory.
+        # 128 columns leave no room for the running sums, which are touched once a split: it is those that the compiler
+        # spills. With 64 keys nothing is spilled, but Q K^T then waits for shared memory.
         return Tiles(128, 64, 128, warps=8, programs=processors, decode_programs=2 * processors)
     block_n, stages = (64, 2) if width <= 128 else (32, 1)
     return Tiles(

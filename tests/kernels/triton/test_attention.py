@@ -26,7 +26,7 @@ pytestmark = needs_triton
 
 
 def tiles_for_tests():
-    from engine.kernels.triton.attention_plan import Tiles
+    from engine.kernels.triton.attention_work import Tiles
 
     return Tiles(block_m=32, decode_m=16, block_n=16, split=16, warps=4, programs=2, decode_programs=2, stages=1)
 
@@ -173,6 +173,27 @@ def test_plans_split_only_what_would_take_longest():
     assert items[:, 3:5].tolist() == [[0, 20], *[[b, b + 16] for b in range(0, 80, 16)], [80, 90], [0, 3]]
     assert items[:, 7].tolist() == [-1, 0, 1, 2, 3, 4, 5, -1]
     assert spec.num_heads // spec.num_kv_heads == 2
+
+
+def test_sequences_that_share_pages_are_read_together_with_the_bits_of_each_alone():
+    spec = AttentionSpec(4, 2, 16)
+    tiles, shared = replace(tiles_for_tests(), decode_programs=3), 48
+    lengths = [50, 49, 70, 60, 51, 33, 40]  # five with three splits in common, two with two; tiles hold 8 tokens
+    prompt = randn(shared, spec.row_size).to(DEVICE)
+    parts = [torch.cat([prompt[:n], randn(n, spec.row_size, seed=n).to(DEVICE)[shared:]]) for n in lengths]
+    cache = Cache(spec, torch.float32, lengths)
+    cache.tables[:, : shared // 16] = cache.tables[0, : shared // 16]
+    alone = []
+    for s, part in enumerate(parts):
+        table = cache.tables[s : s + 1].contiguous()
+        forward(part[:-1].contiguous(), spec, plan_of([len(part) - 1], None, table), cache.keys, cache.values)
+        alone.append(forward(part, spec, plan_of([len(part)]))[-1:])
+    order = [0, 1, 2, 3, 4, 5, 6, 2]
+    plan = plan_of([1] * 8, [lengths[s] for s in order], cache.tables[order].contiguous())
+    out = forward(torch.cat([parts[s][-1:] for s in order]), spec, plan, cache.keys, cache.values, tiles=tiles)
+    assert_same_bits(out, torch.cat([alone[s] for s in order]), "rows that share pages")
+    items = plan.on_device(out.device).lists(2, 2, 0, tiles).decode.view(-1, 8)
+    assert [0, 16, 16] in items[:, [3, 4, 1]].tolist(), "eight tokens of two heads each against the first split"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
