@@ -121,6 +121,17 @@ def triton_backend(module: str, *functions: str, dtypes: Collection[torch.dtype]
     return Backend("triton", every, triton_missing, dtypes=dtypes, devices=("cuda",), proven=False)
 
 
+def cuda_backend(module: str, *functions: str, dtypes: Collection[torch.dtype] = ()) -> Backend:
+    """The backend whose functions are those of engine.kernels.cuda.`module`, which also says what it `missing()`."""
+    where = f"engine.kernels.cuda.{module}"
+    every = {function: lazily(where, function) for function in functions}
+
+    def why_not() -> str:
+        return cuda_missing() or str(lazily(where, "missing")())
+
+    return Backend("cuda", every, why_not, dtypes=dtypes, devices=("cuda",), proven=False)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
