@@ -79,7 +79,7 @@ class TokenBatch:
         context = context or Group("cp")
         if context.size * each == 1:
             return [cls(upload(tokens, device), AttentionPlan.of_sequences(lengths), scattered=scattered)]
-        shard = ContextShard(context, deal_rows(lengths, context.size * each), lengths)
+        shard = ContextShard(context, deal_rows(lengths, context.size * each), lengths, device=device)
         return [
             cls(upload(tokens[lane.rows], device), lane.plan, scattered=scattered, context=shard)
             for lane in shard.lanes

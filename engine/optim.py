@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.config import OptimizerConfig
 from engine.errors import ConfigError, InputError, NumericsError, nearest
-from engine.kernels.adamw import adamw_, squared_norm
+from engine.kernels.adamw import adamw_, squared_norms
 from engine.kernels.dtypes import wide_dtype
 from engine.kernels.memory import zeros
 from engine.kernels.weight import Weight
@@ -127,7 +127,7 @@ class AdamW:
     def _norm(self) -> float:
         """The norm of the whole gradient, the same on every rank."""
         counted = [weight for weight in self.weights if self.shares.is_counted(weight)]
-        squares = [squared_norm(weight.grad_buffer()) for weight in counted]
+        squares = squared_norms([weight.grad_buffer() for weight in counted])
         culprits = [w.name for w, square in zip(counted, squares, strict=True) if not math.isfinite(square)]
         everyone = all_gather_object((squares, culprits), self.shares.world)
         culprits = [name for _, names in everyone for name in names]

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from engine.errors import InputError
@@ -46,11 +48,16 @@ def adamw_(
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Sum of the squares of a contiguous float32 or float64 tensor, in float64: the same for any number of threads.
+    """Sum of the squares of a contiguous float32 or float64 tensor, in float64: the same for any number of threads."""
+    return squared_norms([tensor])[0]
 
-    On a GPU it waits for the result."""
-    check("tensor", tensor, (None,) * tensor.dim(), wide_dtype(tensor.dtype))
-    return ADAMW["squared_norm", tensor](tensor)
+
+def squared_norms(tensors: Sequence[Tensor]) -> list[float]:
+    """`squared_norm` of each, tensors of one device; a GPU is waited for once."""
+    for tensor in tensors:
+        check("tensor", tensor, (None,) * tensor.dim(), wide_dtype(tensor.dtype), tensors[0].device)
+    sums = [ADAMW["squared_norm", tensor](tensor) for tensor in tensors]
+    return torch.cat(sums).tolist() if sums else []
 
 
 def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float) -> None:
@@ -60,8 +67,8 @@ def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
     extension().adamw(code, weight.packed, *settings, *(address(t) for t in tensors), rows, width)
 
 
-def _squared_norm_cpu(tensor: Tensor) -> float:
-    return extension().squared_norm(address(tensor), tensor.numel())
+def _squared_norm_cpu(tensor: Tensor) -> Tensor:
+    return torch.tensor([extension().squared_norm(address(tensor), tensor.numel())], dtype=torch.float64)
 
 
 def _step_torch(
@@ -86,8 +93,8 @@ def _step_torch(
     weight.load_(master)
 
 
-def _squared_norm_torch(tensor: Tensor) -> float:
-    return float(tensor.double().pow(2).sum())
+def _squared_norm_torch(tensor: Tensor) -> Tensor:
+    return tensor.double().pow(2).sum()[None]
 
 
 ADAMW = Op(

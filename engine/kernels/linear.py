@@ -145,6 +145,8 @@ def _check(x: Tensor, weight: Weight, what: str, width: int) -> None:
         raise InputError(f"{what} is {tuple(x.shape)}; weight {weight.name} {weight.shape} needs [T, {width}]")
     if x.dtype != weight.dtype:
         raise InputError(f"{what} is {x.dtype} and weight {weight.name} {weight.dtype}; they must be the same")
+    if x.device != weight.data.device:
+        raise InputError(f"{what} is on {x.device} and weight {weight.name} on {weight.data.device}; move one of them")
 
 
 # ---- the definition, in torch ----

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan, AttentionSpec
 from engine.kernels.graph import empty
-from engine.kernels.memory import upload
+from engine.kernels.memory import CPU, upload
 from engine.parallel.collectives import Group, all_to_all, fold
 
 Segment = tuple[int, int]  # rows [begin, end) of the whole batch
@@ -110,21 +110,24 @@ class ContextLane:
         lengths: Sequence[int],
         cut: np.ndarray,
         plan: AttentionPlan | None,
+        device: torch.device,
     ) -> None:
         """`segments` are its rows, `travelling` those rows of all lanes that travel, lane after lane, `cut` (bool [S])
         the sequences that these are of. `plan` is of all rows, or None for sequences from position 0 without a
-        cache."""
+        cache. The rows' keys lie on `device`."""
         starts = np.array(list(accumulate(lengths, initial=0)))
         travels = np.repeat(cut, lengths)  # [W]
         own = _rows(segments)
         held = cut.copy()
         held[np.searchsorted(starts, own, side="right") - 1] = True
         kv_rows = np.flatnonzero(np.repeat(held, lengths))  # [T_kv]
-        self.rows = torch.from_numpy(own)  # int64 [T], ascending
-        self.moving = torch.from_numpy(np.flatnonzero(travels[own]))  # own rows that travel, as rows of T
-        self.staying = torch.from_numpy(np.flatnonzero(~travels[own]))
-        self.received_at = torch.from_numpy(np.searchsorted(kv_rows, travelling))  # as rows of T_kv
-        self.staying_at = torch.from_numpy(np.searchsorted(kv_rows, own[~travels[own]]))
+        self.rows = torch.from_numpy(own)  # int64 [T], ascending, on the CPU
+        moving, staying = np.flatnonzero(travels[own]), np.flatnonzero(~travels[own])
+        received_at, staying_at = np.searchsorted(kv_rows, travelling), np.searchsorted(kv_rows, own[~travels[own]])
+        self.moving = upload(torch.from_numpy(moving), device)  # own rows that travel, as rows of T
+        self.staying = upload(torch.from_numpy(staying), device)
+        self.received_at = upload(torch.from_numpy(received_at), device)  # as rows of T_kv
+        self.staying_at = upload(torch.from_numpy(staying_at), device)
         self.num_keys = len(kv_rows)
 
         if plan is None:
@@ -139,10 +142,17 @@ class ContextShard:
     """One rank's rows of a batch, lane after lane, and what it takes to give them their keys and to put results in
     order again."""
 
-    def __init__(self, group: Group, deal: Deal, lengths: Sequence[int], plan: AttentionPlan | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        deal: Deal,
+        lengths: Sequence[int],
+        plan: AttentionPlan | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         """Rank r has lanes [k r, k (r + 1)) of the p k that `deal` is for. `lengths`: rows of each sequence. They run
         from position 0 without a cache, unless `plan` of all rows says otherwise: then all keys travel, because every
-        rank has a cache to write them to."""
+        rank has a cache to write them to. Keys and their gradients lie on `device`."""
         self.group = group
         cut = np.array(deal.cut, dtype=bool) if plan is None else np.ones(len(lengths), dtype=bool)
         travels = np.repeat(cut, lengths)
@@ -157,12 +167,15 @@ class ContextShard:
             sum(map(len, moving[lane : lane + self.num_lanes])) for lane in range(0, len(moving), self.num_lanes)
         ]
         mine = deal.segments[self.first_lane : self.first_lane + self.num_lanes]
-        self.lanes = [ContextLane(segments, np.concatenate(moving), lengths, cut, plan) for segments in mine]
+        self.lanes = [ContextLane(segments, np.concatenate(moving), lengths, cut, plan, device) for segments in mine]
 
     def gather_keys(self, own: Sequence[Tensor]) -> list[Tensor]:
         """Key and value columns of each lane's rows, to those of all rows of its keys' plan: k of [T, 2K Dh] -> k of
         [T_kv, 2K Dh]."""
-        kv = [empty((lane.num_keys, rows.shape[1]), rows.dtype) for lane, rows in zip(self.lanes, own, strict=True)]
+        kv = [
+            empty((lane.num_keys, rows.shape[1]), rows.dtype, rows.device)
+            for lane, rows in zip(self.lanes, own, strict=True)
+        ]
         if any(self.counts):
             size = self.group.size
             moving = _joined([rows.index_select(0, lane.moving) for lane, rows in zip(self.lanes, own, strict=True)])
@@ -220,7 +233,7 @@ class _ShareKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_q, d_kv = gradients[: ctx.shard.num_lanes], gradients[ctx.shard.num_lanes :]
-        d_qkv = [empty((queries.shape[0], ctx.row_size), queries.dtype) for queries in d_q]
+        d_qkv = [empty((queries.shape[0], ctx.row_size), queries.dtype, queries.device) for queries in d_q]
         for whole, queries in zip(d_qkv, d_q, strict=True):
             whole[:, : ctx.queries] = queries
         ctx.shard.sum_gradients(d_kv, [whole[:, ctx.queries :] for whole in d_qkv])
@@ -258,7 +271,8 @@ class Choice:
         owners = [(self.owner == lane).nonzero().flatten() for lane in range(self.num_lanes)]
         counts = [sum(map(len, owners[first : first + each])) for first in range(0, self.num_lanes, each)]
         received = all_to_all(own.repeat(size, 1), self.group, [len(own)] * size, counts)
-        return torch.empty((len(self.owner), own.shape[1]), dtype=own.dtype).index_copy_(0, torch.cat(owners), received)
+        whole = own.new_empty((len(self.owner), own.shape[1]))
+        return whole.index_copy_(0, upload(torch.cat(owners), own.device), received)
 
 
 def choose_rows(rows: Tensor, shard: ContextShard | None) -> Choice:
@@ -284,4 +298,4 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return d_whole.index_select(0, ctx.choice.mine), None
+        return d_whole.index_select(0, upload(ctx.choice.mine, d_whole.device)), None

@@ -141,7 +141,8 @@ class Runner:
             plan = AttentionPlan()
             plan.build(*flight.plan, self.page_size)
             lengths = num_new.tolist()
-            flight.context = ContextShard(group, deal_rows(lengths, group.size, computed.tolist()), lengths, plan)
+            deal = deal_rows(lengths, group.size, computed.tolist())
+            flight.context = ContextShard(group, deal, lengths, plan, self.model.device)
             flight.sampled_rows = torch.from_numpy(flight.drawing.distinct_rows())
         if not self.model.has_last and len(flight.drawing):
             last = self.stages.size - 1

@@ -46,14 +46,14 @@ def step(
     launch(_step, (triton.cdiv(count, _BLOCK),), *tensors, count, *factors, BLOCK=_BLOCK)
 
 
-def squared_norm(tensor: Tensor) -> float:
-    """Sum of the squares in float64: chunks of 16,384 elements, and these in order. Waits for the GPU."""
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Sum of the squares, float64 [1]: chunks of 16,384 elements, and these in order."""
     chunks = triton.cdiv(tensor.numel(), _CHUNK)
     partial = torch.empty(chunks, dtype=torch.float64, device=tensor.device)
     total = torch.zeros(1, dtype=torch.float64, device=tensor.device)
     launch(_square, (chunks,), tensor, partial, tensor.numel(), CHUNK=_CHUNK, BLOCK=_BLOCK)
     launch(_fold, (min(1, chunks),), partial, total, chunks, FOLD=_FOLD)
-    return float(total)
+    return total
 
 
 @triton.jit

@@ -20,11 +20,12 @@ _GRADIENT_ROWS = 16  # of a program of the backward, whose sum for the weight's 
 def forward(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x + delta (x itself without one), its norm, and 1 / root mean square float32 [T] where `save` asks for it."""
+    """x + delta (x itself without one), its norm, and 1 / root mean square float32 [T]."""
     rows, width = x.shape
     total = x if delta is None else empty((rows, width), x.dtype, x.device)
     out = empty((rows, width), x.dtype, x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device) if save else None
+    # Kept whether asked for or not: one kernel for training and for sampling.
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     block, num_warps = _tile(width)
     launch(_forward, (rows,), x, delta, weight, total, out, rstd, width, eps, BLOCK=block, num_warps=num_warps)
     return total, out, rstd
@@ -65,8 +66,7 @@ def _forward(x, delta, weight, total, out, rstd, width, eps, BLOCK: tl.constexpr
         tl.store(total + row * width + columns, value, mask=inside)
     wide = value.to(tl.float32)
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(wide * wide, axis=0) / width + eps))
-    if rstd is not None:
-        tl.store(rstd + row, scale)
+    tl.store(rstd + row, scale)
     normed = (wide * scale).to(value.dtype).to(tl.float32)
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + columns, (normed * factor).to(value.dtype), mask=inside)

@@ -1,6 +1,6 @@
 """One token per row on a GPU, by inversion: a uniform number times the kept mass, walked along the ids in order.
 
-A row without filters costs one reading of its logits, by the programs of `tile_statistics`, and one tile more: the
+A row without filters costs one reading of its logits, by the programs of `row_statistics`, and one tile more: the
 tile in which the token lies. A row with filters needs what sorting would tell: which logit is the k-th, and at which
 one the likelier ones reach a mass. Each is found by bisection over the logits' bits, with a reading of the row, which
 then lies in the cache, for each halving, until the set is the one sought: 10 to 27 readings for 131,072 normal logits.
@@ -19,7 +19,15 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.kernels.graph import empty
 from engine.kernels.triton.launch import launch
-from engine.kernels.triton.softmax_row import TILE, fold, fold_width, load_tiles, scale_of, shift_of, tile_statistics
+from engine.kernels.triton.softmax_row import (
+    TILE,
+    fold_width,
+    load_tiles,
+    logprob_of,
+    row_statistics,
+    scale_of,
+    shift_of,
+)
 
 _LARGEST_VOCABULARY = 1 << 19
 _UNIT = tl.constexpr(2.0**43)  # of fixed-point masses: 2^19 tokens as likely as the likeliest make 2^62
@@ -36,23 +44,23 @@ def forward(
     if vocab > _LARGEST_VOCABULARY:
         raise InputError(f"logits are of {vocab} ids; this kernel sums the masses of {_LARGEST_VOCABULARY} at most")
     tokens, logprobs, kept_mass = (empty((rows,), each, logits.device) for each in (torch.int32, *[torch.float32] * 2))
-    statistics = tile_statistics(logits, None, temperature)
-    settings, outputs = (temperature, top_k, top_p, min_p, seed, counter), (tokens, logprobs, kept_mass)
-    sizes = (vocab, statistics.shape[1])
-    launch(_sample, (rows,), logits, *settings, statistics, *outputs, *sizes, FOLD=fold_width(statistics), num_warps=8)
+    by_tile, by_row = row_statistics(logits, None, temperature)
+    inputs = (logits, temperature, top_k, top_p, min_p, seed, counter, by_tile, by_row)
+    outputs, sizes = (tokens, logprobs, kept_mass), (vocab, by_tile.shape[1])
+    launch(_sample, (rows,), *inputs, *outputs, *sizes, FOLD=fold_width(by_tile), num_warps=8)
     return tokens, logprobs, kept_mass
 
 
 @triton.jit
 def _sample(
-    logits, temperature, top_k, top_p, min_p, seed, counter, statistics, tokens, logprobs, kept_mass, vocab, tiles,
-    FOLD: tl.constexpr,
+    logits, temperature, top_k, top_p, min_p, seed, counter, by_tile, by_row, tokens, logprobs, kept_mass, vocab,
+    tiles, FOLD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
     scale = scale_of(None, temperature, row)
-    largest, sums, moments = load_tiles(statistics, row, tiles, FOLD)
-    whole, total, _ = fold(largest, sums, moments)
+    largest, sums, _ = load_tiles(by_tile, row, tiles, FOLD)
+    total, whole = tl.load(by_row + 4 * row + 1), tl.load(by_row + 4 * row).to(tl.float32)
     k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
     token = tl.full([], -1, tl.int32)
     kept = tl.full([], float("nan"), tl.float32)
@@ -68,9 +76,8 @@ def _sample(
             else:
                 token = _draw(logits, scale, vocab, largest, sums, whole, total, number, FOLD)
     z = tl.load(logits + token, mask=token >= 0, other=float("nan")) * scale
-    logprob = (z.to(tl.float64) - whole.to(tl.float64)) - tl.log(total)
     tl.store(tokens + row, token)
-    tl.store(logprobs + row, logprob.to(tl.float32))
+    tl.store(logprobs + row, logprob_of(z, whole.to(tl.float64), tl.load(by_row + 4 * row + 3)))
     tl.store(kept_mass + row, kept)
 
 

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.launch import launch
-from engine.kernels.triton.softmax_row import fold as fold_tiles
-from engine.kernels.triton.softmax_row import fold_width, load_tiles, scale_of, tile_statistics
+from engine.kernels.triton.softmax_row import fold_width, load_tiles, row_statistics, scale_of
 from engine.kernels.triton.token_logprob import backward as backward
 
 _TARGETS = 16  # of a row at a time
@@ -22,9 +21,9 @@ def statistics(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) 
     """See `engine.kernels.shard_logprob.shard_statistics`. Any target outside the shard counts as another shard's."""
     (rows, columns), count = logits.shape, targets.shape[1]
     out = torch.empty((rows, 3 + count), dtype=torch.float64, device=logits.device)
-    tiles = tile_statistics(logits, inv_temperature)
-    inputs, sizes = (logits, targets, inv_temperature, tiles, out), (columns, tiles.shape[1], count)
-    launch(_statistics, (rows,), *inputs, *sizes, FOLD=fold_width(tiles), TARGETS=_TARGETS, num_warps=1)
+    by_tile, by_row = row_statistics(logits, inv_temperature)
+    inputs, sizes = (logits, targets, inv_temperature, by_tile, by_row, out), (columns, by_tile.shape[1], count)
+    launch(_statistics, (rows,), *inputs, *sizes, FOLD=fold_width(by_tile), TARGETS=_TARGETS, num_warps=1)
     return out
 
 
@@ -41,19 +40,20 @@ def fold(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 
 @triton.jit
 def _statistics(
-    logits, targets, inv_temperature, tile_statistics, out, columns, tiles, count,
+    logits, targets, inv_temperature, by_tile, by_row, out, columns, tiles, count,
     FOLD: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scale = scale_of(inv_temperature, None, row)
-    largest, sums, moments = load_tiles(tile_statistics, row, tiles, FOLD)
-    whole, total, moment = fold_tiles(largest, sums, moments)
+    whole, total = tl.load(by_row + 4 * row), tl.load(by_row + 4 * row + 1)
+    moment = tl.load(by_row + 4 * row + 2)
     if whole == float("-inf"):
         # Nothing but -inf, which is no mass (as a whole row it would be NaN), or a NaN, which its tile's sum kept.
-        total = tl.sum(sums.to(tl.float64), axis=0)
+        _, sums, _ = load_tiles(by_tile, row, tiles, FOLD)
+        total = tl.sum(sums, axis=0).to(tl.float64)
         moment = total
     to = out + row * (3 + count)
-    tl.store(to, whole.to(tl.float64))
+    tl.store(to, whole)
     tl.store(to + 1, total)
     tl.store(to + 2, moment)
     for first in range(0, count, TARGETS):

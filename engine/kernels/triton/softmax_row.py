@@ -2,8 +2,11 @@
 
 z = logit * inverse temperature. A row is read once, in tiles of 4,096 columns, each by a program of its own, so that a
 single row too is read by many: m_t = max z, s_t = sum exp(z - m_t), w_t = sum exp(z - m_t) (z - m_t), in float32. With
-M = max m_t, whoever needs the row folds its tiles in float64: total = sum s_t exp(m_t - M), log p(i) = z_i - M -
-log(total). A NaN or +inf anywhere makes the total, and with it every log-probability of the row, NaN.
+M = max m_t its tiles are folded in float64: total = sum s_t exp(m_t - M), log p(i) = (z_i - M) - log(total). A NaN or
++inf anywhere makes the total, and with it every log-probability of the row, NaN.
+
+Both sums depend on how a kernel deals elements to threads. So these two kernels, with these numbers of warps, make them
+for every op, and what an op does with them is arithmetic on single numbers.
 
 # R rows, V vocabulary
 """
@@ -20,25 +23,31 @@ from engine.kernels.triton.launch import launch
 TILE: tl.constexpr = tl.constexpr(4096)
 
 
-def tile_statistics(logits: Tensor, inv_temperature: Tensor | None, temperature: Tensor | None = None) -> Tensor:
-    """m, s and w of every tile: float32 [R, V] -> float32 [R, tiles, 3].
+def row_statistics(
+    logits: Tensor, inv_temperature: Tensor | None, temperature: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of float32 [R, V]: m, s and w of each tile, float32 [R, tiles, 3], and of each row max z, total, sum exp(z - max)
+    (z - max) and log(total), float64 [R, 4].
 
-    Of `inv_temperature` and `temperature`, float32 [R] both, at most one is given; a temperature of 0 counts as 1.
+    Of `inv_temperature` and `temperature`, float32 [R] both, at most one is given; a temperature of 0 counts as 1. A
+    row of nothing but -inf has a NaN total.
     """
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, TILE.value)
-    statistics = torch.empty((rows, tiles, 3), dtype=torch.float32, device=logits.device)
-    launch(_tile_statistics, (rows, tiles), logits, inv_temperature, temperature, statistics, vocab)
-    return statistics
+    by_tile = torch.empty((rows, tiles, 3), dtype=torch.float32, device=logits.device)
+    by_row = torch.empty((rows, 4), dtype=torch.float64, device=logits.device)
+    launch(_tile_statistics, (rows, tiles), logits, inv_temperature, temperature, by_tile, vocab)
+    launch(_fold, (rows,), by_tile, by_row, tiles, FOLD=fold_width(by_tile), num_warps=1)
+    return by_tile, by_row
 
 
-def fold_width(statistics: Tensor) -> int:
-    """The block in which a row's tiles are folded: a function of the vocabulary alone."""
-    return triton.next_power_of_2(statistics.shape[1])
+def fold_width(by_tile: Tensor) -> int:
+    """The block that holds a row's tiles: a function of the vocabulary alone."""
+    return triton.next_power_of_2(by_tile.shape[1])
 
 
 @triton.jit
-def _tile_statistics(logits, inv_temperature, temperature, statistics, vocab):
+def _tile_statistics(logits, inv_temperature, temperature, by_tile, vocab):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale = scale_of(inv_temperature, temperature, row)
     columns = tile * TILE + tl.arange(0, TILE)
@@ -46,7 +55,7 @@ def _tile_statistics(logits, inv_temperature, temperature, statistics, vocab):
     largest = tl.max(z, axis=0)
     below = z - shift_of(largest)
     e = tl.exp(below)
-    to = statistics + (row * tl.num_programs(1) + tile) * 3
+    to = by_tile + (row * tl.num_programs(1) + tile) * 3
     tl.store(to, largest)
     tl.store(to + 1, tl.sum(e, axis=0))
     tl.store(to + 2, tl.sum(e * tl.maximum(below, -100.0), axis=0))  # exp(-100) is 0 in effect: 0 * -inf must be 0
@@ -71,24 +80,32 @@ def shift_of(largest):
 
 
 @triton.jit
-def load_tiles(statistics, row, tiles, FOLD: tl.constexpr):
+def load_tiles(by_tile, row, tiles, FOLD: tl.constexpr):
     """m, s and w of the row's tiles; past them no mass."""
     tile = tl.arange(0, FOLD)
-    at = statistics + (row * tiles + tile) * 3
+    at = by_tile + (row * tiles + tile) * 3
     largest = tl.load(at, mask=tile < tiles, other=float("-inf"))
     return largest, tl.load(at + 1, mask=tile < tiles, other=0.0), tl.load(at + 2, mask=tile < tiles, other=0.0)
 
 
 @triton.jit
-def fold(largest, sums, moments):
-    """The row's maximum in float32; sum exp(z - max) and sum exp(z - max) (z - max) in float64.
-
-    A row of nothing but -inf has a NaN total.
-    """
+def _fold(by_tile, by_row, tiles, FOLD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    largest, sums, moments = load_tiles(by_tile, row, tiles, FOLD)
     whole = tl.max(largest, axis=0)
     scale = tl.exp(largest - whole).to(tl.float64)
     wide = sums.to(tl.float64)
     total = tl.sum(wide * scale, axis=0)
     shift = largest.to(tl.float64) - whole.to(tl.float64)
     moment = tl.sum(tl.where(sums == 0.0, 0.0, scale * (moments.to(tl.float64) + wide * shift)), axis=0)
-    return whole, total, moment
+    to = by_row + 4 * row
+    tl.store(to, whole.to(tl.float64))
+    tl.store(to + 1, total)
+    tl.store(to + 2, moment)
+    tl.store(to + 3, tl.log(total))
+
+
+@triton.jit
+def logprob_of(z, whole, log_total):
+    """Log-probability of a token whose scaled logit is z, float32; `whole` and `log_total` are the row's, float64."""
+    return ((z.to(tl.float64) - whole) - log_total).to(tl.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.kernels.graph import empty
 from engine.kernels.triton.launch import launch
-from engine.kernels.triton.softmax_row import fold, fold_width, load_tiles, scale_of, tile_statistics
+from engine.kernels.triton.softmax_row import logprob_of, row_statistics, scale_of
 
 _TARGETS = 16  # of a row at a time
 _BLOCK = 2048  # columns of a program of the backward
@@ -27,11 +27,9 @@ def forward(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) -> 
     logprobs, entropy, stats = (
         torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((rows, count), (rows,), (rows, 2))
     )
-    statistics = tile_statistics(logits, inv_temperature)
-    inputs = (logits, targets, inv_temperature, statistics)
-    sizes = (vocab, statistics.shape[1], count)
-    tiles = {"FOLD": fold_width(statistics), "TARGETS": _TARGETS}
-    launch(_forward, (rows,), *inputs, logprobs, entropy, stats, *sizes, **tiles, num_warps=1)
+    _, by_row = row_statistics(logits, inv_temperature)
+    inputs, outputs = (logits, targets, inv_temperature, by_row), (logprobs, entropy, stats)
+    launch(_forward, (rows,), *inputs, *outputs, vocab, count, TARGETS=_TARGETS, num_warps=1)
     return logprobs, entropy, stats
 
 
@@ -55,24 +53,21 @@ def backward(
 
 @triton.jit
 def _forward(
-    logits, targets, inv_temperature, statistics, logprobs, entropy, stats, vocab, tiles, count,
-    FOLD: tl.constexpr, TARGETS: tl.constexpr,
+    logits, targets, inv_temperature, by_row, logprobs, entropy, stats, vocab, count, TARGETS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scale = scale_of(inv_temperature, None, row)
-    largest, sums, moments = load_tiles(statistics, row, tiles, FOLD)
-    whole, total, moment = fold(largest, sums, moments)
-    log_total = tl.log(total)
+    whole, total = tl.load(by_row + 4 * row), tl.load(by_row + 4 * row + 1)
+    moment, log_total = tl.load(by_row + 4 * row + 2), tl.load(by_row + 4 * row + 3)
     tl.store(entropy + row, (log_total - moment / total).to(tl.float32))
-    tl.store(stats + 2 * row, whole)
+    tl.store(stats + 2 * row, whole.to(tl.float32))
     tl.store(stats + 2 * row + 1, log_total.to(tl.float32))
     for first in range(0, count, TARGETS):
         i = first + tl.arange(0, TARGETS)
         target = tl.load(targets + row * count + i, mask=i < count, other=-1)
         inside = (target >= 0) & (target < vocab)
         z = tl.load(logits + row * vocab + target, mask=inside, other=float("nan")) * scale
-        logprob = (z.to(tl.float64) - whole.to(tl.float64)) - log_total
-        tl.store(logprobs + row * count + i, logprob.to(tl.float32), mask=i < count)
+        tl.store(logprobs + row * count + i, logprob_of(z, whole, log_total), mask=i < count)
 
 
 @triton.jit

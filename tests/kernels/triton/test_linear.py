@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from engine.errors import InputError
 from engine.kernels.linear import linear, linear_grad_bias_, linear_grad_weight_
 from engine.kernels.op import use_backend
 from tests.kernels.cases import grad_of, randn
@@ -88,3 +89,21 @@ def test_gradients_are_the_same_bits_every_time():
             linear_grad_bias_(dy, bias)
     assert_same_bits(grad_of(weights[0]), grad_of(weights[1]), "weight")
     assert_same_bits(grad_of(biases[0]), grad_of(biases[1]), "bias")
+
+
+def test_no_rows_give_nothing_and_leave_gradients_alone():
+    weight, bias = device_weight(randn(20, 30), torch.float32, grad=3.0), device_weight(randn(20), torch.float32, 3.0)
+    x = torch.empty(0, 30, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        y = linear(x, weight, bias)
+        y.sum().backward()
+    assert y.shape == (0, 20)
+    assert grad_of(x).shape == (0, 30)
+    assert (grad_of(weight) == 3).all()
+    assert (grad_of(bias) == 3).all()
+
+
+def test_tensors_of_two_devices_are_refused():
+    weight = device_weight(randn(20, 30), torch.float32)
+    with use_backend("triton"), pytest.raises(InputError, match="x is on meta and weight w on"):
+        linear(torch.empty(3, 30, device="meta"), weight)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from engine.errors import InputError
 from engine.kernels.op import use_backend
 from engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from tests.kernels.cases import assert_near, grad_of, randn
@@ -77,3 +78,18 @@ def test_rows_are_invariant(dtype):
 
     with use_backend("triton"):
         assert_row_invariant(pair, randn(7, 82).to(DEVICE, dtype))
+
+
+def test_no_rows_give_nothing_and_leave_the_gradient_alone():
+    weight, x = device_weight(randn(41), torch.float32, grad=3.0), torch.empty(0, 41, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        out = rms_norm(x, weight, EPS)
+        out.sum().backward()
+    assert out.shape == grad_of(x).shape == (0, 41)
+    assert (grad_of(weight) == 3).all()
+
+
+def test_tensors_of_two_devices_are_refused():
+    x, weight = torch.empty(3, 41, device="meta"), device_weight(randn(41), torch.float32)
+    with use_backend("triton"), pytest.raises(InputError, match=r"weight is on .* first tensor is on meta"):
+        rms_norm(x, weight, EPS)
