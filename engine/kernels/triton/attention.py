@@ -19,7 +19,8 @@ c = scale * log2 e, rounded to fp32 once):
 
 Tiles and splits of which a row sees nothing change nothing (p = 0, a = 1), so they are skipped where no row of an item
 sees any of them. An item with all keys of its rows folds its splits in registers. Where few rows have many keys, each
-split is an item of its own, whose (m, l, o) goes to memory, and `_fold_parts` folds them with the same function.
+split is an item of its own, whose (m, l, o) goes to memory, and `_fold_parts` folds them with the same function; so
+tiles of `decode_m` rows, which never fold, have registers left to keep more loads on their way.
 
 Tiles of `block_m` rows and of `decode_m` rows must multiply with the same instruction and sum p in the same order: on
 sm_90 both are whole m64 wgmma instructions, 16 rows a warp, so a row lies in one warp and its sum goes the same way.
@@ -46,7 +47,7 @@ from engine.kernels.graph import empty
 from engine.kernels.triton import rotate
 from engine.kernels.triton.attention_backward import backward
 from engine.kernels.triton.attention_plan import DevicePlan
-from engine.kernels.triton.attention_work import ITEM, MAX_PARTIALS, TURN, Tiles, WorkLists
+from engine.kernels.triton.attention_work import ITEM, TURN, Tiles, WorkLists
 from engine.kernels.triton.launch import launch
 from engine.kernels.weight import Weight
 
@@ -72,9 +73,8 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     if major == 9:
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
             return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
-        # 128 columns leave no room for the running sums, which are touched once a split: it is those that the compiler
-        # spills. With 64 keys nothing is spilled, but Q K^T then waits for shared memory.
-        return Tiles(128, 64, 128, warps=8, programs=processors, decode_programs=2 * processors)
+        block_n = 128 if width <= 64 else 64  # more would leave no room for the two sums of 128 columns
+        return Tiles(128, 64, block_n, warps=8, programs=processors, decode_programs=2 * processors)
     block_n, stages = (64, 2) if width <= 128 else (32, 1)
     return Tiles(
         64, 64, block_n, warps=8, decode_warps=8, stages=stages, programs=processors, decode_programs=processors
@@ -136,7 +136,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
     `decode` does what is left after the tiles of `block_m` rows: `lists.decode`, then the fold.
     """
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    partials = MAX_PARTIALS if plan.fixed else lists.num_partials
+    partials = tiles.partials if plan.fixed else lists.num_partials
     sums = empty((partials, H, dim), torch.float32, q.device)
     softmaxes = empty((partials, H, 2), torch.float32, q.device)
     if paged:
@@ -155,7 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
             launch(
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,
                 items, lists.counts, plan.tables, plan.last_keys, spec.scale * math.log2(math.e), spec.window or 0,
-                *strides, **shape, LIST=place, PAGE=plan.page_size if paged else 0, BLOCK_M=block,
+                *strides, **shape, LIST=place, FOLDS=place == 0, PAGE=plan.page_size if paged else 0, BLOCK_M=block,
                 BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None, STAGES=tiles.stages,
                 num_warps=warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -192,8 +192,8 @@ def _attend(
     q, k, v, out, lse, sums, softmaxes, items, counts, tables, last_keys, factor, window,
     page_stride, head_stride, slot_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, LIST: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
-    STAGES: tl.constexpr,
+    FOLDS: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    WINDOWED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     dtype = q.dtype.element_ty
     columns = tl.arange(0, PADDED)
@@ -205,18 +205,18 @@ def _attend(
         seen_begin, seen_end, part = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
         place = tl.arange(0, BLOCK_M)
         here = place < num_rows
-        token = ((first_row + place) // GROUP).to(tl.int64)
+        token = (first_row + place) // GROUP
         query_head = head * GROUP + (first_row + place) % GROUP
-        row = token * (GROUP * KV_HEADS) + query_head
-        inside = here[:, None] & (columns < DIM)[None]
-        queries = tl.load(q + row[:, None] * DIM + columns[None], mask=inside, other=0.0)
+        row = token * (GROUP * KV_HEADS) + query_head  # fewer than 2**31, of all heads
+        inside = here[:, None] & (columns < DIM)[None] if DIM < PADDED else here[:, None]
+        queries = tl.load(q + row.to(tl.int64)[:, None] * DIM + columns[None], mask=inside, other=0.0)
         last = tl.load(last_keys + token, mask=here, other=-1)
         run_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         run_sum = tl.zeros([BLOCK_M], tl.float32)
         run_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
         part_max, part_sum, part_acc = run_max, run_sum, run_acc
         for tile in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
-            if (tile % SPLIT == 0) & (tile > key_begin):
+            if FOLDS and (tile % SPLIT == 0 and tile > key_begin):  # otherwise no item has keys of two splits
                 run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
                 part_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
                 part_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -232,13 +232,13 @@ def _attend(
             else:
                 start = (table + key) * slot_stride
             at = (start + head * head_stride)[:, None] + columns[None]
-            there = present[:, None] & (columns < DIM)[None]
+            there = present[:, None] & (columns < DIM)[None] if DIM < PADDED else present[:, None]
             key_tile = tl.load(k + at, mask=there, other=0.0).to(dtype)
             s = tl.dot(queries, tl.trans(key_tile), input_precision="ieee")
             if (tile < seen_begin) | (tile + BLOCK_N > seen_end):
                 seen = key[None] <= last[:, None]
                 if WINDOWED:
-                    seen &= key[None] > last[:, None] - window
+                    seen &= (key + window)[None] > last[:, None]
                 s = tl.where(seen, s, float("-inf"))
             top = tl.maximum(part_max, tl.max(s, 1) * factor)
             p = tl.exp2(tl.fma(s, factor + tl.zeros_like(s), -top[:, None] + tl.zeros_like(s)))
@@ -248,14 +248,14 @@ def _attend(
             part_acc = tl.dot(p.to(dtype), value_tile, part_acc * a[:, None], input_precision="ieee")
             part_max = top
         if part >= 0:
-            slot = (part + token - first_row // GROUP) * (GROUP * KV_HEADS) + query_head
-            tl.store(sums + slot[:, None] * DIM + columns[None], part_acc, mask=inside)
+            slot = row + (part - first_row // GROUP) * (GROUP * KV_HEADS)
+            tl.store(sums + slot.to(tl.int64)[:, None] * DIM + columns[None], part_acc, mask=inside)
             tl.store(softmaxes + slot * 2, part_max, mask=here)
             tl.store(softmaxes + slot * 2 + 1, part_sum, mask=here)
         else:
             run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
             result, logarithm = _finish(run_max, run_sum, run_acc)
-            tl.store(out + row[:, None] * DIM + columns[None], result.to(dtype), mask=inside)
+            tl.store(out + row.to(tl.int64)[:, None] * DIM + columns[None], result.to(dtype), mask=inside)
             if lse is not None:
                 tl.store(lse + row, logarithm, mask=here)
 

@@ -6,6 +6,7 @@ decided here, and it is decided for balance alone.
 
     a tile of rows                        an item with all keys of its rows, whose splits are folded in registers
     a tile that would take longest        an item for each split; its tokens' turns fold them
+    a few rows of a sequence (decode)     the same, whatever it would take: so the kernel of few rows need not fold
     a few rows of several sequences       items for the splits that all of them share (a prompt, sampled several times),
     with the same first pages             read once for all; an item for each other split of each; turns fold them
 
@@ -23,7 +24,6 @@ from engine.errors import InputError
 
 ITEM = 8  # numbers of an item, see _Tiling
 TURN = 3  # numbers of a token to fold: its row, where its list of partial results begins, and how long that is
-MAX_PARTIALS = 4096  # (token, split) pairs whose results go through memory, at most: 68 MB at 32 heads of 128 columns
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Tiles:
 
     `block_m` rows against `block_n` keys at a time. `split` keys, a multiple of block_n, are summed on their own before
     they are folded into what came before. Sequences of no more than `decode_m` rows (new tokens times query heads per
-    key/value head) go in tiles of that many. `warps`, `decode_warps`, `stages` are Triton's for both; `programs` and
+    key/value head) go in tiles of that many. No more than `partials` (token, split) pairs have results that go through
+    memory: 136 MB at 32 heads of 128 columns. `warps`, `decode_warps`, `stages` are Triton's for both; `programs` and
     `decode_programs` those of a launch, which share out its items.
     """
 
@@ -45,6 +46,7 @@ class Tiles:
     stages: int = 2
     programs: int = 132
     decode_programs: int = 264
+    partials: int = 8192
 
 
 class Buffer:
@@ -151,8 +153,8 @@ class WorkLists:
         """Room for every batch of up to so many rows in so many sequences."""
         tiles = self._tiles
         per_tile = max(1, tiles.block_m // self._group * self._group)
-        walk = num_sequences + num_tokens * self._group // per_tile + MAX_PARTIALS
-        sizes = (3, ITEM * walk, ITEM * (num_sequences + MAX_PARTIALS), TURN * MAX_PARTIALS, MAX_PARTIALS)
+        walk = num_sequences + num_tokens * self._group // per_tile + tiles.partials
+        sizes = (3, ITEM * walk, ITEM * (num_sequences + tiles.partials), TURN * tiles.partials, tiles.partials)
         for buffer, size in zip(self._buffers, sizes, strict=True):
             buffer.reserve(size)
             buffer.fixed = True
@@ -162,14 +164,14 @@ class WorkLists:
         tiles = self._tiles
         few = segments.num_tokens * self._group <= tiles.decode_m
         tilings = self._tiling(segments, ~few, tiles.block_m), self._tiling(segments, few, tiles.decode_m)
-        work = sum(int(t.num_splits.sum()) for t in tilings) * self._num_kv_heads
-        longest = max(1, -(-work // tiles.decode_programs))  # splits that one program may walk through and be in time
+        work = int(tilings[0].num_splits.sum()) * self._num_kv_heads
+        longest = max(1, -(-work // tiles.programs))  # splits that one program may walk through and be in time
         self.num_partials = 0
-        lists, turns, parts = [], [np.zeros((0, TURN))], [np.zeros(0)]
-        for tiling, groups in zip(
-            tilings, (_Groups.none(len(tilings[0].table)), self._groups(segments, few)), strict=True
-        ):
-            lists.append(self._deal(tiling, groups, longest, turns, parts))
+        turns, parts = [np.zeros((0, TURN))], [np.zeros(0)]
+        decode = self._deal(tilings[1], self._groups(segments, few), 1, turns, parts)
+        walk = self._deal(tilings[0], _Groups.none(len(tilings[0].table)), longest, turns, parts)
+        several = decode[:, 3] // tiles.split < (decode[:, 4] - 1) // tiles.split  # splits: there was no room for parts
+        lists = [_heaviest_first(each) for each in (np.concatenate([walk, decode[several]]), decode[~several])]
         every_turn = np.concatenate(turns)
         self.num_walk, self.num_decode, self.num_turns = len(lists[0]), len(lists[1]), len(every_turn)
         counts = np.array([self.num_walk, self.num_decode, self.num_turns])
@@ -222,13 +224,13 @@ class WorkLists:
 
     def _deal(self, tiling: _Tiling, groups: _Groups, longest: int, turns: list[np.ndarray],
               parts: list[np.ndarray]) -> np.ndarray:  # fmt: skip
-        """Items, those with the most keys first; tiles of more than `longest` splits become an item each split."""
+        """Items; tiles of more than `longest` splits become an item each split."""
         split, group = self._tiles.split, self._group
         tokens, leads = tiling.num_rows // group, groups.leader == np.arange(len(groups.leader))
         own, common = tokens * (tiling.num_splits - groups.num_splits), groups.num_tokens * groups.num_splits
         need = own + common * leads
         cut = ((tiling.num_splits > longest) | (groups.num_splits > 0)) & (tiling.num_rows % group == 0)
-        cut &= np.cumsum(need * cut) + self.num_partials <= MAX_PARTIALS
+        cut &= np.cumsum(need * cut) + self.num_partials <= self._tiles.partials
         whole = np.flatnonzero(~cut)
         items = [tiling.items(whole, tiling.key_begin[whole], tiling.key_end[whole], np.full(len(whole), -1))]
         if cut.any():
@@ -256,8 +258,11 @@ class WorkLists:
             alone = own_base[tile] + (number - groups.num_splits[tile]) * tokens[tile] + token
             parts.append(np.where(number < groups.num_splits[tile], in_group, alone))
             self.num_partials += int((need * cut).sum())
-        every = np.concatenate(items)
-        return every[np.argsort(every[:, 3] - every[:, 4], kind="stable")]
+        return np.concatenate(items)
+
+
+def _heaviest_first(items: np.ndarray) -> np.ndarray:
+    return items[np.argsort(items[:, 3] - items[:, 4], kind="stable")]
 
 
 def _each(which: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

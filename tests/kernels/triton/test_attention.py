@@ -150,29 +150,28 @@ def test_a_split_of_another_size_has_other_bits():
 
 
 def test_how_work_is_dealt_changes_no_bit():
-    """Few programs take all keys of a tile, many a split each: the first folds in registers, the second in memory."""
+    """Splits that are folded in registers or through memory, or some each way; tiles of more rows or fewer."""
     spec = AttentionSpec(4, 2, 16, window=50)
     qkv = randn(60, spec.row_size).to(DEVICE)
-    pieces = [[56, 3, 1]]
-    base = Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=replace(tiles_for_tests(), decode_programs=1))
-    for programs in (5, 100):
-        tiles = replace(tiles_for_tests(), decode_programs=programs)
-        assert_same_bits(Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=tiles), base, f"{programs} programs")
-    tiles = replace(tiles_for_tests(), block_m=16)
-    assert_same_bits(Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=tiles), base, "smaller tiles of rows")
+    pieces, tiles = [[51, 8, 1]], tiles_for_tests()
+    base = Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=replace(tiles, partials=0))
+    for name, other in {
+        "rooms for some": replace(tiles, partials=33, programs=100),
+        "room for all": replace(tiles, programs=100),
+        "tiles of 16 rows": replace(tiles, block_m=16),
+    }.items():
+        assert_same_bits(Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=other), base, name)
 
 
-def test_plans_split_only_what_would_take_longest():
-    spec = AttentionSpec(4, 2, 16)
-    tiles = replace(tiles_for_tests(), decode_programs=8)
+def test_splits_of_few_rows_are_dealt_side_by_side_while_there_is_room():
     plan = plan_of([1, 1, 1], [90, 20, 3], torch.arange(18, dtype=torch.int32).view(3, 6), 16)
-    lists = plan.on_device(torch.device(DEVICE)).lists(2, 2, 0, tiles)
-    # 6 + 2 + 1 splits for each of 2 heads, 8 programs: 3 splits a program, so only the first sequence is split
-    assert (lists.num_walk, lists.num_decode, lists.num_turns, lists.num_partials) == (0, 6 + 2, 1, 6)
-    items = lists.decode[: 8 * 8].view(8, 8).cpu()
-    assert items[:, 3:5].tolist() == [[0, 20], *[[b, b + 16] for b in range(0, 80, 16)], [80, 90], [0, 3]]
-    assert items[:, 7].tolist() == [-1, 0, 1, 2, 3, 4, 5, -1]
-    assert spec.num_heads // spec.num_kv_heads == 2
+    lists = plan.on_device(torch.device(DEVICE)).lists(2, 2, 0, replace(tiles_for_tests(), partials=7))
+    # 6, 2 and 1 splits, and room for 7: the second sequence folds its own in registers, the third has nothing to fold
+    assert (lists.num_walk, lists.num_decode, lists.num_turns, lists.num_partials) == (1, 6 + 1, 1, 6)
+    walk, decode = lists.walk[:8].cpu(), lists.decode[: 8 * 7].view(7, 8).cpu()
+    assert (walk[3:5].tolist(), walk[7].item()) == ([0, 20], -1)
+    assert decode[:, 3:5].tolist() == [*[[b, b + 16] for b in range(0, 80, 16)], [80, 90], [0, 3]]
+    assert decode[:, 7].tolist() == [0, 1, 2, 3, 4, 5, -1]
 
 
 def test_sequences_that_share_pages_are_read_together_with_the_bits_of_each_alone():
