@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -36,7 +37,7 @@ from triton.compiler import ASTSource
 from benchmarks.compile_cases import DTYPES, CompileCase, collected
 from engine.kernels.triton.launch import Launch
 
-TARGETS = {"sm_90": 90, "sm_100": 100}
+TARGETS = {"sm_90": (90, 132), "sm_100": (100, 148)}  # compute capability and multiprocessors: H100 or H200, and B200
 SHARED_LIMIT = 232448  # bytes of shared memory that a block can have on both targets (227 KiB)
 TENSOR_LIMIT = 512  # columns of tensor memory on sm_100
 
@@ -95,15 +96,15 @@ _jobs: list[Job] = []  # for the processes of the pool, which are forked: a kern
 
 
 def jobs(cases: Sequence[CompileCase], dtypes: Sequence[torch.dtype], targets: Sequence[str]) -> list[Job]:
-    """Each launch once per target, however many ops and dtypes come to it."""
-    found: dict[str, tuple[Launch, str, str]] = {}
-    for dtype in dtypes:
-        for case in cases:
-            for launch in collected(case, dtype):
-                code = (launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
-                        sorted(launch.divisible), launch.num_warps, launch.num_stages)  # fmt: skip
-                found.setdefault(repr(code), (launch, case.op, str(dtype).removeprefix("torch.")))
-    return [Job(*each, target) for each in found.values() for target in targets]
+    """What each target would launch; each launch once, however many ops and dtypes come to it."""
+    found: dict[str, Job] = {}
+    for dtype, case, target in product(dtypes, cases, targets):
+        capability, processors = TARGETS[target]
+        for launch in collected(case, dtype, processors, capability // 10):
+            code = (launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
+                    sorted(launch.divisible), launch.num_warps, launch.num_stages, target)  # fmt: skip
+            found.setdefault(repr(code), Job(launch, case.op, str(dtype).removeprefix("torch."), target))
+    return list(found.values())
 
 
 def compile_job(job: Job) -> Record:
@@ -122,7 +123,7 @@ def compile_job(job: Job) -> Record:
     said, began = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(said):
-            compiled = triton_compile(source, target=GPUTarget("cuda", TARGETS[job.target], 32), options=options)
+            compiled = triton_compile(source, target=GPUTarget("cuda", TARGETS[job.target][0], 32), options=options)
     except Exception as error:  # whatever the compiler finds wrong is this kernel's result
         return Record(*what, time.perf_counter() - began, error=_first_lines(error))
     seconds, report = time.perf_counter() - began, said.getvalue()

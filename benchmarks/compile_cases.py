@@ -47,9 +47,9 @@ def cases() -> list[CompileCase]:
     return [CompileCase(name, RUN[name]) for name in with_kernels]
 
 
-def collected(case: CompileCase, dtype: torch.dtype) -> list[Launch]:
-    """What the case launches in a model of `dtype`."""
-    with use_backend("triton"), collecting() as launches:
+def collected(case: CompileCase, dtype: torch.dtype, processors: int, major: int) -> list[Launch]:
+    """What the case launches in a model of `dtype`, on a GPU of so many multiprocessors and this capability."""
+    with use_backend("triton"), collecting(processors, major) as launches:
         case.run(dtype)
     return launches
 

@@ -18,7 +18,8 @@ from engine.kernels.attention_pages import AttentionSpec
 from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.op import cuda_extension
 from engine.kernels.triton import attention as triton_attention
-from engine.kernels.triton.attention_plan import DevicePlan, Tiles, WorkLists
+from engine.kernels.triton.attention_plan import DevicePlan
+from engine.kernels.triton.attention_work import Tiles, WorkLists
 from engine.kernels.weight import Weight
 
 HEAD_DIMS = (64, 96, 128, 256)

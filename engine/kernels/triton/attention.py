@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import triton
@@ -48,7 +47,7 @@ from engine.kernels.triton import rotate
 from engine.kernels.triton.attention_backward import backward
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.attention_work import ITEM, TURN, Tiles, WorkLists
-from engine.kernels.triton.launch import launch
+from engine.kernels.triton.launch import gpu_of, launch
 from engine.kernels.weight import Weight
 
 __all__ = ["attend", "backward", "forward", "tiles_of"]
@@ -64,7 +63,7 @@ _FOLD_PROGRAMS = 528
 def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Tiles:
     """How attention of this shape is cut up on this device. `block_n` and `split` follow from head_dim and dtype."""
     width = triton.next_power_of_2(spec.head_dim)
-    processors, major = _processors(device)
+    processors, major = gpu_of(device)
     if dtype == torch.float32:  # products on the plain cores, whose operands all lie in registers
         block_m, block_n = (64, 32) if width <= 64 else (32, 32 if width <= 128 else 16)
         return Tiles(
@@ -79,15 +78,6 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     return Tiles(
         64, 64, block_n, warps=8, decode_warps=8, stages=stages, programs=processors, decode_programs=processors
     )
-
-
-@cache
-def _processors(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and the major compute capability; those of an H200 where there is no GPU."""
-    if device.type != "cuda":
-        return 132, 9
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major
 
 
 def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -23,19 +24,27 @@ GPU = torch.cuda.is_available()
 SPEC = AttentionSpec(8, 2, 64)
 
 
+def tables_of(contexts: list[int], pages: list[int]) -> Tensor:
+    """Pages of 16 keys for each sequence, taken off the list one after the other."""
+    sizes = [-(-context // 16) for context in contexts]
+    tables = torch.zeros(len(sizes), max(sizes), dtype=torch.int32)
+    for row, (begin, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)):
+        tables[row, :size] = torch.tensor(pages[begin : begin + size])
+    return tables
+
+
 def call(spec: AttentionSpec = SPEC, dtype: torch.dtype = torch.bfloat16, shift: int = 0, **tiling: int) -> None:
     """The decode of one row that sees 100 keys, on memory that nothing may touch."""
     from engine.kernels.cuda.attention import decode
     from engine.kernels.triton.attention import tiles_of
-    from engine.kernels.triton.attention_plan import MAX_PARTIALS
 
     with use_backend("triton"):
         keys, values = allocate_pages(7, 16, spec, torch.bfloat16)
-    plan = plan_of([1], [100], 16, range(7)).on_device(torch.device("cpu"))
+    plan = plan_of([1], [100], tables_of([100], list(range(7)))).on_device(torch.device("cpu"))
     tiles = replace(tiles_of(spec, torch.bfloat16, torch.device("cpu")), decode_m=16, **tiling)
     lists = plan.lists(spec.num_heads // spec.num_kv_heads, spec.num_kv_heads, spec.window or 0, tiles)
     q = torch.zeros(2 * spec.num_heads * spec.head_dim, dtype=dtype)[shift:]
-    sums, softmaxes = torch.zeros(MAX_PARTIALS), torch.zeros(MAX_PARTIALS)
+    sums, softmaxes = torch.zeros(64), torch.zeros(64)
     decode(q, keys, values, torch.zeros_like(q), sums, softmaxes, spec, plan, lists, tiles)
 
 
@@ -85,7 +94,7 @@ def test_it_is_given_tiles_of_at_most_16_rows_and_triton_the_rest(monkeypatch: p
     given: list[Any] = []
     monkeypatch.setattr(cuda_attention, "decode", lambda *arguments: given.append(arguments))
     lengths = [1, 4, 30]  # 4, 16 and 120 rows of a key/value head
-    plan = plan_of(lengths, [20, 30, 30], 16, range(6))
+    plan = plan_of(lengths, [20, 30, 30], tables_of([20, 30, 30], list(range(6))))
     with use_backend("triton"):
         keys, values = allocate_pages(6, 16, SPEC, torch.float32)
     qkv = randn(sum(lengths), SPEC.row_size)
@@ -109,7 +118,7 @@ def test_decode_has_the_bits_of_triton(
 ) -> None:
     spec = AttentionSpec(8, 2, head_dim, window=window, kv_dtype=kv_dtype)
     contexts, pages = [1, 100, 513, 9000], 700
-    plan = plan_of([1, 1, 3, 1], contexts, 16, torch.randperm(pages).tolist())
+    plan = plan_of([1, 1, 3, 1], contexts, tables_of(contexts, torch.randperm(pages).tolist()))
     rope = rope_table(max(contexts), head_dim, 1e4).cuda()
     qkv = randn(6, spec.row_size).to("cuda", dtype)
 
