@@ -63,6 +63,8 @@ gpu:
 
 test-gpu: gpu
 	@$(PYTHON) -m pytest tests/kernels/triton tests/kernels/cuda tests/test_exactness.py
+	@! command -v compute-sanitizer >/dev/null || \
+		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
 
 clean:
 	rm -rf $(VENV) build *.egg-info engine/_C*.so engine/_cuda*.so

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine.errors import ConfigError, InputError
 from engine.kernels.attention import AttentionSpec, allocate_pages, attention
@@ -16,21 +14,13 @@ from engine.kernels.op import OPS, cuda_not_built, use_backend
 from engine.kernels.rope import rope_table
 from engine.kernels.swiglu import swiglu
 from tests.kernels.cases import randn
+from tests.kernels.cuda.cases import decoded, tables_of
 from tests.kernels.test_attention import plan_of
 from tests.kernels.triton.cases import needs_triton
 
 pytestmark = [needs_triton, pytest.mark.skipif(bool(cuda_not_built()), reason=cuda_not_built() or "built")]
 GPU = torch.cuda.is_available()
 SPEC = AttentionSpec(8, 2, 64)
-
-
-def tables_of(contexts: list[int], pages: list[int]) -> Tensor:
-    """Pages of 16 keys for each sequence, taken off the list one after the other."""
-    sizes = [-(-context // 16) for context in contexts]
-    tables = torch.zeros(len(sizes), max(sizes), dtype=torch.int32)
-    for row, (begin, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)):
-        tables[row, :size] = torch.tensor(pages[begin : begin + size])
-    return tables
 
 
 def call(spec: AttentionSpec = SPEC, dtype: torch.dtype = torch.bfloat16, shift: int = 0, **tiling: int) -> None:
@@ -78,7 +68,7 @@ def test_other_ops_run_on_triton_beside_it() -> None:
     with use_backend("cuda"):
         assert torch.equal(swiglu(x), expected)
         with pytest.raises(ConfigError, match="takes cuda tensors"):
-            attention(qkv, SPEC, rope_table(8, 64, 1e4), plan_of([1], [1]))
+            attention(qkv, SPEC, rope_table(64, 1e4, None, 8), plan_of([1], [1]))
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_e4m3"])
@@ -98,13 +88,15 @@ def test_it_is_given_tiles_of_at_most_16_rows_and_triton_the_rest(monkeypatch: p
     with use_backend("triton"):
         keys, values = allocate_pages(6, 16, SPEC, torch.float32)
     qkv = randn(sum(lengths), SPEC.row_size)
-    out, _ = cuda_attention.forward(qkv, None, SPEC, rope_table(64, 64, 1e4), plan, keys, values, None, None, False)
+    out, _ = cuda_attention.forward(
+        qkv, None, SPEC, rope_table(64, 1e4, None, 64), plan, keys, values, None, None, False
+    )
     ((q, *_, lists, tiles),) = given
     assert tuple(q.shape) == (35, 8, 64) and tiles.decode_m == 16
     items = lists.decode[: 8 * lists.num_decode].view(-1, 8)
     assert sorted(items[:, 1].tolist()) == [4, 16] and lists.num_walk > 0
     with use_backend("triton"):
-        expected = attention(qkv, SPEC, rope_table(64, 64, 1e4), plan, keys, values)
+        expected = attention(qkv, SPEC, rope_table(64, 1e4, None, 64), plan, keys, values)
     assert torch.equal(out[5:], expected[5:])  # Triton's share; the rows before are the decode's to fill
 
 
@@ -117,16 +109,4 @@ def test_decode_has_the_bits_of_triton(
     head_dim: int, dtype: torch.dtype, window: int | None, kv_dtype: torch.dtype | None
 ) -> None:
     spec = AttentionSpec(8, 2, head_dim, window=window, kv_dtype=kv_dtype)
-    contexts, pages = [1, 100, 513, 9000], 700
-    plan = plan_of([1, 1, 3, 1], contexts, tables_of(contexts, torch.randperm(pages).tolist()))
-    rope = rope_table(max(contexts), head_dim, 1e4).cuda()
-    qkv = randn(6, spec.row_size).to("cuda", dtype)
-
-    def run(backend: str) -> Tensor:
-        with torch.device("cuda"), use_backend(backend):
-            keys, values = allocate_pages(pages, 16, spec, dtype)
-            for pool, seed in ((keys, 1), (values, 2)):
-                pool.copy_(randn(*pool.shape, seed=seed).to("cuda", dtype).to(pool.dtype))
-            return attention(qkv, spec, rope, plan, keys, values)
-
-    assert torch.equal(run("cuda"), run("triton"))
+    assert torch.equal(decoded("cuda", spec, dtype), decoded("triton", spec, dtype))
