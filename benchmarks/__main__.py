@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import decode, exactness_cost, grpo_step, kernels, rollout, scaling, train_step
 from benchmarks.machine import processor, slug
 
@@ -43,18 +45,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Runs them all; returns the file written. Options that are not its own go to every benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="llama-110m", help="comma-separated")
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="comma-separated names (default: all)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where they run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
     args, forwarded = parser.parse_known_args(argv)
-    text = [f"# {processor()}, {time.strftime('%Y-%m-%d')}\n"]
+    name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+    text = [f"# {name}, {time.strftime('%Y-%m-%d')}\n"]
     for model in args.models.split(","):
-        for name in BENCHMARKS:
-            extra = LARGE.get(model, {}).get(name, [])
+        for benchmark in args.only.split(","):
+            extra = LARGE.get(model, {}).get(benchmark, [])
             if extra is None:
                 continue
-            text.append(f"## {name}, {model}\n\n{run(name, [*forwarded, f'--model={model}', *extra])}\n")
+            options = [*forwarded, f"--model={model}", *([] if args.device == "cpu" else ["--device=cuda"]), *extra]
+            text.append(f"## {benchmark}, {model}\n\n{run(benchmark, options)}\n")
             print(text[-1], flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{slug()}.md"
+    path = args.results / f"{slug(name)}.md"
     path.write_text("\n".join(text))
     print(f"written to {path}")
     return path

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.workloads import size
 from engine.config import ModelConfig
@@ -28,7 +29,6 @@ from engine.kernels.swiglu import swiglu
 from engine.kernels.token_logprob import token_logprob
 from engine.kernels.weight import Weight
 
-PAGE_SIZE = 16
 SHARDS = 8  # of the vocabulary, where one of them is measured
 
 
@@ -42,6 +42,28 @@ class Case:
     work: float
     ours: Callable[[], object]
     torch: Callable[[], object] | None
+    backends: dict[str, Callable[[], object]] = field(default_factory=dict)  # torch's, where it has several
+
+
+def sdpa_backends(function: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """`function` under each backend of torch's SDPA that can run it on a GPU; on a CPU there is one."""
+    if torch.get_default_device().type == "cpu":
+        return {}
+    named = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+             "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
+
+    def under(backend: SDPBackend) -> object:
+        with sdpa_kernel(backend):
+            return function()
+
+    found: dict[str, Callable[[], object]] = {}
+    for name, backend in named.items():
+        try:
+            under(backend)
+        except RuntimeError:  # "no available kernel": torch says so in no other way
+            continue
+        found[name] = partial(under, backend)
+    return found
 
 
 def _weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool) -> tuple[Weight, Tensor]:
@@ -87,9 +109,10 @@ def linear_gradient_cases(config: ModelConfig, dtype: torch.dtype, rows: int) ->
 
 
 def attention_cases(
-    config: ModelConfig, dtype: torch.dtype, lengths: list[int], decode: tuple[int, int]
+    config: ModelConfig, dtype: torch.dtype, lengths: list[int], decode: tuple[int, int, int]
 ) -> Iterator[Case]:
-    """Causal attention over whole sequences, its gradient, and one token each of `decode` = (S, keys) sequences.
+    """Causal attention over whole sequences, its gradient, and one token each of `decode` = (S, keys, page size)
+    sequences, from pages of the model's dtype and of e4m3 (beside torch's attention in the model's dtype).
 
     Ours starts from the fused q, k, v and includes RoPE and the writing of keys and values; SDPA is handed queries and
     keys that are turned already, in its own layout.
@@ -111,36 +134,47 @@ def attention_cases(
         sequences = max(1, max(lengths) // length)
         rows = sequences * length
         plan = AttentionPlan()
-        ends = torch.arange(0, rows + 1, length, dtype=torch.int32)
-        plan.build(ends, ends.diff(), positions=torch.arange(length, dtype=torch.int32).repeat(sequences))
+        ends = torch.arange(0, rows + 1, length, dtype=torch.int32, device="cpu")
+        plan.build(ends, ends.diff(), torch.arange(length, dtype=torch.int32, device="cpu").repeat(sequences))
         qkv = torch.randn(rows, spec.row_size).to(dtype)
         q, k, v = (heads(n, sequences, length) for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))
         flops = flops_per_key * sequences * length * (length + 1) / 2
         shape = f"S={sequences} T={rows} Dh={config.head_dim}"
-        yield Case("attention prefill", shape, "flops", flops,
-                   partial(attention, qkv, spec, rope, plan),
-                   partial(sdpa, q, k, v, causal=True))  # fmt: skip
+        forward = partial(sdpa, q, k, v, causal=True)
+        yield Case("attention prefill", shape, "flops", flops, partial(attention, qkv, spec, rope, plan), forward,
+                   sdpa_backends(forward))  # fmt: skip
         leaf, dy = qkv.clone().requires_grad_(), torch.randn(rows, spec.num_heads * spec.head_dim).to(dtype)
         leaves, dout = [t.clone().requires_grad_() for t in (q, k, v)], heads(spec.num_heads, sequences, length)
         yield Case("attention forward + backward", shape, "flops", 3 * flops,
                    partial(gradient, partial(attention, spec=spec, rope=rope, plan=plan), [leaf], dy),
-                   partial(gradient, partial(sdpa, causal=True), leaves, dout),
-                   )  # fmt: skip
-    sequences, keys = decode
-    pages_each = -(-keys // PAGE_SIZE)
-    key_pages, value_pages = allocate_pages(sequences * pages_each, PAGE_SIZE, spec, dtype)
+                   both := partial(gradient, partial(sdpa, causal=True), leaves, dout),
+                   sdpa_backends(both))  # fmt: skip
+    for kv_dtype in (None, torch.float8_e4m3fn):
+        yield from _decode_cases(replace(spec, kv_dtype=kv_dtype), rope, dtype, *decode, sdpa)
+
+
+def _decode_cases(
+    spec: AttentionSpec, rope: Tensor, dtype: torch.dtype, sequences: int, keys: int, page_size: int,
+    sdpa: Callable[[Tensor, Tensor, Tensor, bool], Tensor],
+) -> Iterator[Case]:  # fmt: skip
+    pages_each = -(-keys // page_size)
+    pages = allocate_pages(sequences * pages_each, page_size, spec, dtype)
+    for pool in pages:
+        pool.copy_(torch.randn(pool.shape))
     plan = AttentionPlan()
-    plan.build(torch.arange(sequences + 1, dtype=torch.int32), torch.full((sequences,), keys, dtype=torch.int32),
-               positions=torch.full((sequences,), keys - 1, dtype=torch.int32),
-               block_tables=torch.arange(sequences * pages_each, dtype=torch.int32).view(sequences, -1),
-               page_size=PAGE_SIZE)  # fmt: skip
+    with torch.device("cpu"):
+        plan.build(torch.arange(sequences + 1, dtype=torch.int32), torch.full((sequences,), keys, dtype=torch.int32),
+                   positions=torch.full((sequences,), keys - 1, dtype=torch.int32),
+                   block_tables=torch.arange(sequences * pages_each, dtype=torch.int32).view(sequences, -1),
+                   page_size=page_size)  # fmt: skip
     qkv = torch.randn(sequences, spec.row_size).to(dtype)
-    q, k, v = (heads(n, sequences, length) for n, length in
+    q, k, v = (torch.randn(sequences, n, length, spec.head_dim).to(dtype) for n, length in
                ((spec.num_heads, 1), (spec.num_kv_heads, keys), (spec.num_kv_heads, keys)))  # fmt: skip
-    read = 2 * sequences * keys * spec.num_kv_heads * config.head_dim * dtype.itemsize
-    yield Case("attention decode", f"S={sequences} keys={keys} Dh={config.head_dim}", "bytes", read,
-               lambda: attention(qkv, spec, rope, plan, key_pages, value_pages),
-               lambda: sdpa(q, k, v, False))  # fmt: skip
+    itemsize, suffix = (dtype.itemsize, "") if spec.kv_dtype is None else (1, "_e4m3")
+    read = 2 * sequences * keys * spec.num_kv_heads * spec.head_dim * itemsize
+    one = partial(sdpa, q, k, v, False)
+    yield Case(f"attention{suffix} decode", f"S={sequences} keys={keys} Dh={spec.head_dim}", "bytes", read,
+               lambda: attention(qkv, spec, rope, plan, *pages), one, sdpa_backends(one))  # fmt: skip
 
 
 def row_cases(config: ModelConfig, dtype: torch.dtype, rows: int) -> Iterator[Case]:
@@ -217,11 +251,39 @@ def optimizer_cases(config: ModelConfig, dtype: torch.dtype) -> Iterator[Case]:
                lambda: torch.dot(grad.view(-1), grad.view(-1)))  # fmt: skip
 
 
-def all_cases(config: ModelConfig, dtype: torch.dtype, rows: int) -> Iterator[Case]:
-    """Every op, `rows` tokens at a time where many go through at once."""
-    yield from linear_cases(config, dtype, [1, min(128, rows), rows])
-    yield from linear_gradient_cases(config, dtype, rows)
-    yield from attention_cases(config, dtype, [min(512, rows), rows], decode=(min(128, rows), min(192, rows)))
-    yield from row_cases(config, dtype, rows)
-    yield from logit_cases(config, dtype, min(512, rows), sampled=min(128, rows))
+@dataclass(frozen=True)
+class Sizes:
+    """Of all cases: `rows` tokens at a time where many go through at once."""
+
+    rows: int
+    few_rows: int  # of a decode step
+    lengths: tuple[int, ...]  # of the sequences that attention sees
+    decode: tuple[int, int, int]  # sequences, keys of each, and tokens of a page
+    loss_rows: int
+
+
+SIZES = {
+    "cpu": Sizes(2048, 128, (512, 2048), decode=(128, 192, 16), loss_rows=512),
+    "cuda": Sizes(8192, 64, (2048, 8192), decode=(64, 8192, 128), loss_rows=8192),
+}
+QUICK = Sizes(32, 32, (32,), decode=(32, 32, 16), loss_rows=32)
+
+
+def all_cases(config: ModelConfig, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Every op, on torch's default device."""
+    yield from linear_cases(config, dtype, [1, sizes.few_rows, sizes.rows])
+    yield from linear_gradient_cases(config, dtype, sizes.rows)
+    yield from attention_cases(config, dtype, list(sizes.lengths), sizes.decode)
+    yield from row_cases(config, dtype, sizes.rows)
+    yield from logit_cases(config, dtype, sizes.loss_rows, sizes.few_rows)
     yield from optimizer_cases(config, dtype)
+
+
+def on_device(device: str, cases: Iterator[Case]) -> Iterator[Case]:
+    """The cases, each made while the device is torch's default one. They run while it is not, as the engine does."""
+    while True:
+        with torch.device(device):
+            case = next(cases, None)
+        if case is None:
+            return
+        yield case

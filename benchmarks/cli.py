@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import transformers_peer
+from benchmarks import gpu, machine, transformers_peer
 from benchmarks.workloads import MODELS
 
 
@@ -16,6 +16,7 @@ def parse(description: str, argv: Sequence[str] | None, workloads: str = "") -> 
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", default="llama-110m", choices=list(MODELS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the engine and torch run")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each figure; the median is shown")
     if workloads:
         parser.add_argument("--workloads", default=workloads, help=f"comma-separated (default {workloads})")
@@ -31,3 +32,8 @@ def parse(description: str, argv: Sequence[str] | None, workloads: str = "") -> 
     if args.peer == "transformers" and not transformers_peer.available():
         args.peer = "none"
     return args
+
+
+def limits(args: argparse.Namespace) -> machine.Machine:
+    """What the device at hand can do at best, measured now."""
+    return gpu.measure(args.quick) if args.device == "cuda" else machine.measure(args.quick)

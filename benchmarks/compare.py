@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     print(text)
     if args.results is not None:
         args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / f"{slug()}-peers.md").write_text(text)
+        (args.results / f"{slug(processor())}-peers.md").write_text(text)
     return text
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from benchmarks import cli, machine
+from benchmarks import cli
 from benchmarks.project import Project
 from benchmarks.table import Row, compare, peer_rows, show
 from benchmarks.timing import interleaved
@@ -42,13 +42,13 @@ def decode_speed(engines: Sequence[Generator], work: Generation, repeats: int) -
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = cli.parse(__doc__ or "", argv)
-    limits = machine.measure(args.quick)
+    limits = cli.limits(args)
     work = generation("W1", args.config, args.scale)
-    engines: list[Generator] = [Project(args.config, [work], args.dtype)]
+    engines: list[Generator] = [Project(args.config, [work], args.dtype, device=args.device)]
     if args.peer == "transformers":
-        engines.append(TransformersPeer(args.config, args.dtype))
+        engines.append(TransformersPeer(args.config, args.dtype, args.device))
     weight_bytes = size(args.config).weights * (2 if args.dtype == "bfloat16" else 4)
-    of_its_size = machine.read_bandwidth(weight_bytes, repeats=1 if args.quick else 5)
+    of_its_size = limits.reads_of(weight_bytes, repeats=1 if args.quick else 5)
 
     def share(tokens_per_second: float) -> tuple[float, str]:
         return tokens_per_second * weight_bytes / limits.read_memory, "of memory reads"

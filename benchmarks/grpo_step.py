@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import cli, machine
+from benchmarks import cli
 from benchmarks.project import Project
 from benchmarks.table import Row, compare, peer_rows, show
 from benchmarks.transformers_peer import TransformersPeer
@@ -18,15 +18,15 @@ from benchmarks.workloads import generation, grpo_flops
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = cli.parse(__doc__ or "", argv)
-    limits = machine.measure(args.quick)
+    limits = cli.limits(args)
     work = generation("R1", args.config, args.scale)
     flops = grpo_flops(args.config, work)
 
     def share(step_seconds: float) -> tuple[float, str]:
         return flops / step_seconds / limits.gemm(args.dtype), "of GEMM"
 
-    ours = Project(args.config, [work], args.dtype)
-    peer = TransformersPeer(args.config, args.dtype) if args.peer == "transformers" else None
+    ours = Project(args.config, [work], args.dtype, device=args.device)
+    peer = TransformersPeer(args.config, args.dtype, args.device) if args.peer == "transformers" else None
     steps, peer_steps = [], []
     for _ in range(1 + args.repeats):  # the first step of each is warm-up
         steps.append(ours.grpo_step(work))

@@ -48,6 +48,10 @@ class Machine:
         """Peak of torch's own matmul in `dtype`, FLOP/s."""
         return self.gemm_bfloat16 if dtype == "bfloat16" else self.gemm_float32
 
+    def reads_of(self, size: int, repeats: int = 5) -> float:
+        """Bytes per second read from a buffer of `size` bytes."""
+        return read_bandwidth(size, repeats)
+
     def describe(self) -> str:
         return (
             f"{self.name}, {self.threads} threads, code path {self.isa}: bf16 GEMM {self.gemm_bfloat16 / 1e9:.0f} "
@@ -84,9 +88,9 @@ def processor() -> str:
     return " ".join(re.sub(r"\((R|TM|C)\)|CPU|Processor", " ", name, flags=re.IGNORECASE).split())
 
 
-def slug() -> str:
-    """The processor's name as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+def slug(name: str) -> str:
+    """A processor's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def gemm_peak(dtype: torch.dtype, quick: bool = False) -> float:

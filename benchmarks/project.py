@@ -46,9 +46,10 @@ class Project:
         checkpoint: Path | None = None,
         parallel: ParallelConfig | None = None,
         threads: int = 0,
+        device: str = "cpu",
     ) -> None:
         pool = -(-kv_tokens(works) // PAGE_SIZE) * PAGE_SIZE
-        config = EngineConfig(device="cpu", dtype=dtype, kv_tokens=pool, page_size=PAGE_SIZE, threads=threads,
+        config = EngineConfig(device=device, dtype=dtype, kv_tokens=pool, page_size=PAGE_SIZE, threads=threads,
                               parallel=parallel or ParallelConfig())  # fmt: skip
         if checkpoint is not None:
             self.engine = Engine.from_pretrained(checkpoint, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import cli, machine
+from benchmarks import cli
 from benchmarks.decode import Generator
 from benchmarks.project import Project
 from benchmarks.table import Row, compare, peer_rows, show
@@ -20,11 +20,11 @@ from benchmarks.workloads import generation, generation_flops
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = cli.parse(__doc__ or "", argv, workloads="W2,W3,W4")
-    limits = machine.measure(args.quick)
+    limits = cli.limits(args)
     works = [generation(name, args.config, args.scale) for name in args.workloads.split(",")]
-    engines: list[Generator] = [Project(args.config, works, args.dtype)]
+    engines: list[Generator] = [Project(args.config, works, args.dtype, device=args.device)]
     if args.peer == "transformers":
-        engines.append(TransformersPeer(args.config, args.dtype))
+        engines.append(TransformersPeer(args.config, args.dtype, args.device))
     rows: list[Row] = []
     for work in works:
         flops = generation_flops(args.config, work)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import cli, machine
+from benchmarks import cli
 from benchmarks.project import Project
 from benchmarks.table import Row, compare, peer_rows, show
 from benchmarks.timing import interleaved
@@ -18,10 +18,10 @@ from benchmarks.workloads import training_flops, training_sequences
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = cli.parse(__doc__ or "", argv, workloads="T1,TR")
-    limits = machine.measure(args.quick)
-    engines: list[Any] = [Project(args.config, [], args.dtype)]
+    limits = cli.limits(args)
+    engines: list[Any] = [Project(args.config, [], args.dtype, device=args.device)]
     if args.peer == "transformers":
-        engines.append(TransformersPeer(args.config, args.dtype))
+        engines.append(TransformersPeer(args.config, args.dtype, args.device))
     rows: list[Row] = []
     for name in args.workloads.split(","):
         sequences = training_sequences(name, args.config, args.scale)

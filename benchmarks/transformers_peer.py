@@ -26,7 +26,7 @@ def available() -> bool:
 class TransformersPeer:
     """A transformers model of the same shape with random weights."""
 
-    def __init__(self, model: ModelConfig, dtype: str = "bfloat16") -> None:
+    def __init__(self, model: ModelConfig, dtype: str = "bfloat16", device: str = "cpu") -> None:
         import transformers
 
         self.name = f"transformers {version('transformers')}"
@@ -43,9 +43,10 @@ class TransformersPeer:
             **{n: getattr(model, n) for n in names},
         )
         torch.manual_seed(0)
+        self.device = device
         self.model: Any = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
+        ).to(device)
         self.model.generation_config.eos_token_id = None
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -62,8 +63,8 @@ class TransformersPeer:
 
     def _batch(self, work: Generation, prompts: list[list[int]], new: int) -> torch.Tensor:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         sampling = {"do_sample": False} if work.temperature == 0 else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         out = self.model.eval().generate(
             ids, attention_mask=mask, max_new_tokens=new, num_return_sequences=work.n, pad_token_id=2,
@@ -111,8 +112,8 @@ class TransformersPeer:
         self._optimizer.zero_grad(set_to_none=True)
         return self._optimizer
 
-    @staticmethod
-    def _padded(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, sequences))
-        ids = torch.tensor([s + [2] * (longest - len(s)) for s in sequences])
-        return ids, torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+        ids = torch.tensor([s + [2] * (longest - len(s)) for s in sequences], device=self.device)
+        mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=self.device)
+        return ids, mask

@@ -45,6 +45,9 @@ MODELS = {
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, architecture="Qwen3ForCausalLM",
         rms_norm_eps=1e-6, rope_theta=1000000.0, max_position_embeddings=131072),
+    "llama-8b": ModelConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, **_LLAMA),
     "tiny": ModelConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **_LLAMA),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.chat import ChatTemplate, parse_response
-from engine.config import EngineConfig
+from engine.config import DEVICES, EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kernels.dtypes import MODEL_DTYPES
@@ -25,7 +25,8 @@ console = Console()
 
 
 def load(args: argparse.Namespace) -> Engine:
-    return Engine.from_pretrained(args.model, EngineConfig(dtype=args.dtype, kv_tokens=args.kv_tokens))
+    config = EngineConfig(device=args.device, dtype=args.dtype, kv_tokens=args.kv_tokens)
+    return Engine.from_pretrained(args.model, config)
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     def with_model(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument("model", help="a Hugging Face directory")
         sub.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(MODEL_DTYPES)} (default bfloat16)")
+        sub.add_argument("--device", default="auto", choices=DEVICES, help="where the model lies (default auto)")
         sub.add_argument("--kv-tokens", type=int, default=65536, help="size of the KV pool (default 65536)")
         return sub
 

@@ -78,7 +78,7 @@ class TokenBatch:
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int32)
         context = context or Group("cp")
         if context.size * each == 1:
-            return [cls(upload(tokens, device), AttentionPlan.of_sequences(lengths), scattered=scattered)]
+            return [cls(upload(tokens, device), AttentionPlan.of_sequences(lengths, device), scattered=scattered)]
         shard = ContextShard(context, deal_rows(lengths, context.size * each), lengths, device=device)
         return [
             cls(upload(tokens[lane.rows], device), lane.plan, scattered=scattered, context=shard)

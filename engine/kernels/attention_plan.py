@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.attention_pages import BLOCK, TEMPORARY_PAGE
+from engine.kernels.memory import CPU
 from engine.kernels.op import cpu_missing, extension
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ class AttentionPlan:
 
     Built once per batch and read by every layer. A recorded graph keeps the plan and replays attention for whatever it
     holds at that time. `AttentionPlan(kv_plan)` is a plan of queries alone: some rows of `kv_plan`, which says of all
-    rows where their keys live (see build_segments); without it `kv_plan` is the plan itself.
+    rows where their keys live (see build_segments); without it `kv_plan` is the plan itself. With a `device` other than
+    the CPU the C++ kernels' work lists are left out, which take longer than the rest, and the checks that go with them.
     """
 
-    def __init__(self, kv_plan: AttentionPlan | None = None) -> None:
+    def __init__(self, kv_plan: AttentionPlan | None = None, device: torch.device = CPU) -> None:
         self._kv_plan = kv_plan
-        self.native = None if cpu_missing() else extension().AttentionPlan()
+        self.native = None if cpu_missing() or device.type != "cpu" else extension().AttentionPlan()
         self.version = 0  # counts builds
         self.num_tokens = 0
         self.num_pages = 0  # one more than the largest page named
@@ -38,12 +40,12 @@ class AttentionPlan:
         self._on_device: dict[torch.device, DevicePlan] = {}
 
     @classmethod
-    def of_sequences(cls, lengths: Sequence[int]) -> AttentionPlan:
+    def of_sequences(cls, lengths: Sequence[int], device: torch.device = CPU) -> AttentionPlan:
         """The plan of whole sequences, packed end to end, positions from 0, without a cache."""
         sizes = torch.tensor(lengths, dtype=torch.int32)
         starts = torch.zeros(len(sizes) + 1, dtype=torch.int32)
         torch.cumsum(sizes, 0, out=starts[1:])
-        plan = cls()
+        plan = cls(device=device)
         plan.build(starts, sizes, torch.cat([torch.arange(0), *map(torch.arange, lengths)]).int())
         return plan
 

@@ -131,10 +131,10 @@ class ContextLane:
         self.num_keys = len(kv_rows)
 
         if plan is None:
-            plan = AttentionPlan.of_sequences(np.array(lengths)[held].tolist())
+            plan = AttentionPlan.of_sequences(np.array(lengths)[held].tolist(), device)
         begins, ends = np.array(segments, dtype=np.int64).reshape(-1, 2).T
         at = np.searchsorted(kv_rows, begins)
-        self.plan = AttentionPlan(plan)
+        self.plan = AttentionPlan(plan, device)
         self.plan.build_segments(at.astype(np.int32), (at + ends - begins).astype(np.int32))
 
 

@@ -82,8 +82,8 @@ class Runner:
                 self.keys.append(keys)
                 self.values.append(values)
         self._tokens = torch.zeros(max_batch_tokens, dtype=torch.int32, device=model.device)
-        self._plan = AttentionPlan()  # of recorded forwards
-        self._eager_plan = AttentionPlan()
+        self._plan = AttentionPlan(device=model.device)  # of recorded forwards
+        self._eager_plan = AttentionPlan(device=model.device)
         width = model.config.hidden_size
         self._streams = [
             None if chunk.first else torch.zeros((max_batch_tokens, width), dtype=model.dtype, device=model.device)
@@ -138,7 +138,7 @@ class Runner:
         flight = Flight(step, tokens, (start, context, positions, tables), Drawing(step, slots))
         group = self.model.mesh.cp
         if group.size > 1 and len(tokens) >= SHARED_ROWS * group.size:
-            plan = AttentionPlan()
+            plan = AttentionPlan(device=self.model.device)
             plan.build(*flight.plan, self.page_size)
             lengths = num_new.tolist()
             deal = deal_rows(lengths, group.size, computed.tolist())

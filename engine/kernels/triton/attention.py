@@ -73,11 +73,15 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
             return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
         block_n = 128 if width <= 64 else 64  # more would leave no room for the two sums of 128 columns
-        return Tiles(128, 64, block_n, warps=8, programs=processors, decode_programs=2 * processors)
+        return Tiles(
+            128, 64, block_n, warps=8, stages=3, paged_stages=2,
+            programs=processors, decode_programs=2 * processors,
+        )  # fmt: skip
     block_n, stages = (64, 2) if width <= 128 else (32, 1)
     return Tiles(
-        64, 64, block_n, warps=8, decode_warps=8, stages=stages, programs=processors, decode_programs=processors
-    )
+        64, 64, block_n, warps=8, decode_warps=8, stages=stages, paged_stages=stages, decode_stages=stages,
+        programs=processors, decode_programs=processors,
+    )  # fmt: skip
 
 
 def forward(
@@ -134,9 +138,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
     else:
         strides = (0, dim, K * dim)
     shape = {"GROUP": H // K, "KV_HEADS": K, "DIM": dim, "PADDED": triton.next_power_of_2(dim)}
-    for place, (items, number, block, warps, programs) in enumerate((
-        (lists.walk, lists.num_walk, tiles.block_m, tiles.warps, tiles.programs),
-        (lists.decode, lists.num_decode, tiles.decode_m, tiles.decode_warps, tiles.decode_programs),
+    walk_stages = tiles.paged_stages if paged else tiles.stages
+    for place, (items, number, block, warps, stages, programs) in enumerate((
+        (lists.walk, lists.num_walk, tiles.block_m, tiles.warps, walk_stages, tiles.programs),
+        (lists.decode, lists.num_decode, tiles.decode_m, tiles.decode_warps, tiles.decode_stages,
+         tiles.decode_programs),
     )):  # fmt: skip
         if place == 1 and decode is not None:
             decode(q, k, v, out, sums, softmaxes, spec, plan, lists, tiles)
@@ -146,8 +152,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,
                 items, lists.counts, plan.tables, plan.last_keys, spec.scale * math.log2(math.e), spec.window or 0,
                 *strides, **shape, LIST=place, FOLDS=place == 0, PAGE=plan.page_size if paged else 0, BLOCK_M=block,
-                BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None, STAGES=tiles.stages,
-                num_warps=warps, num_stages=tiles.stages,
+                BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None, STAGES=stages,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
     if lists.num_turns or plan.fixed:
         programs = _FOLD_PROGRAMS if plan.fixed else min(_FOLD_PROGRAMS, lists.num_turns * K)
@@ -206,7 +212,9 @@ def _attend(
         run_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
         part_max, part_sum, part_acc = run_max, run_sum, run_acc
         for tile in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
-            if FOLDS and (tile % SPLIT == 0 and tile > key_begin):  # otherwise no item has keys of two splits
+            if (
+                FOLDS and tile % SPLIT == 0
+            ):  # without FOLDS no item has keys of two splits; the first fold is of nothing
                 run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
                 part_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
                 part_sum = tl.zeros([BLOCK_M], tl.float32)

@@ -9,7 +9,8 @@ the other side in a fixed order, so nothing is summed by two programs and the sa
 
 P and dS are rounded to the model's type before the products they enter; sums are fp32. Tiles start where sequences do,
 so that a sequence's gradients do not depend on the others in the batch. Tiles that no mask touches are computed without
-one, tiles that it hides whole are skipped. The epilogues go back through the scale, RoPE and the norms and round once.
+one, tiles that it hides whole are skipped. The epilogues go back through the scale, RoPE and the norms and round once;
+heads wider than 128 leave them no registers, so they do that in a launch of its own, and dK and dV in one each.
 
 # T tokens, H query heads, K kv heads, G = H / K, Dh head width
 """
@@ -26,10 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.graph import empty
-from engine.kernels.triton import rotate
-from engine.kernels.triton.column_sum import add_column_sums_
+from engine.kernels.triton import rotate, rotate_backward
 from engine.kernels.triton.launch import launch
-from engine.kernels.triton.rotate_backward import head_columns, turn_back
+from engine.kernels.triton.rotate_backward import add_norm_gradient, halves, head_columns, norm_sums, turn_back
 from engine.kernels.weight import Weight
 
 if TYPE_CHECKING:
@@ -48,16 +48,17 @@ class Tiles:
     key_rows: int  # and rows of a step
     num_warps: int
     num_stages: int
+    apart: bool = False  # dK and dV in a launch each, RoPE and norms in others: wide heads fill the registers
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """A function of the model alone. 16-bit tiles fill two warpgroups' registers (255 a thread) without spilling and
-    stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
+    """A function of the model alone. 16-bit tiles fill the registers of two warpgroups (255 a thread) without spilling
+    and stay under the 227 KB of shared memory of sm_90; fp32 has no matrix instruction here."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 32, 32, 8, 1) if head_dim <= 128 else Tiles(16, 16, 16, 16, 8, 1)
+        return Tiles(16, 16, 16, 32, 8, 2)
     if head_dim <= 128:
         return Tiles(128, 64, 128, 64, 8, 3)
-    return Tiles(64, 32, 64, 32, 8, 2)
+    return Tiles(128, 32, 128, 32, 8, 2, apart=True)
 
 
 def backward(
@@ -100,23 +101,30 @@ def backward(
     }  # fmt: skip
 
     def run(kernel: Any, work: Tensor, given: tuple[Tensor, ...], positions: Tensor, x: Tensor, norm: Weight | None,
-            d_x: Tensor, **block: int) -> None:  # fmt: skip
+            d_x: Tensor, turned: Tensor | None, **block: int) -> None:  # fmt: skip
         programs = work.shape[0], spec.num_kv_heads
-        weight = sums = None
-        if norm is not None:
-            weight = norm.data
-            sums = empty((programs[0] * programs[1], spec.head_dim), torch.float32, device)
+        norm = norm if turned is None else None
+        sums = norm_sums(programs, norm, q)
         launch(
-            kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x, weight, d_x, sums, work,
-            spec.scale * _LOG2E, spec.scale, spec.eps, x.stride(0), d_x.stride(0), **block, **shape,
+            kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x,
+            None if norm is None else norm.data, d_x, sums, turned, work, spec.scale * _LOG2E, spec.scale, spec.eps,
+            x.stride(0), d_x.stride(0), **block, **shape,
         )  # fmt: skip
-        if norm is not None and sums is not None:
-            add_column_sums_(sums, norm.grad_buffer())
+        add_norm_gradient(sums, norm)
 
-    run(_grad_queries, query_work, (out, lse, delta), on_device.query_positions, qkv, q_norm, d_qkv,
-        ROWS=tiles.query_rows, KEYS=tiles.query_keys)  # fmt: skip
-    run(_grad_keys, key_work, (lse, delta), on_device.key_positions, kv_rows, k_norm, d_kv_rows,
-        ROWS=tiles.key_rows, KEYS=tiles.key_keys)  # fmt: skip
+    for kernel, work, given, count, heads, positions, x, norm, d_x, parts in (
+        (_grad_queries, query_work, (out, lse, delta), on_device.num_tokens, spec.num_heads, on_device.query_positions,
+         qkv, q_norm, d_qkv, [{"ROWS": tiles.query_rows, "KEYS": tiles.query_keys}]),
+        (_grad_keys, key_work, (lse, delta), on_device.num_keys, spec.num_kv_heads, on_device.key_positions,
+         kv_rows, k_norm, d_kv_rows,
+         [{"ROWS": tiles.key_rows, "KEYS": tiles.key_keys, "D_K": d_k, "D_V": d_v} for d_k, d_v in
+          ([(False, True), (True, False)] if tiles.apart else [(True, True)])]),
+    ):  # fmt: skip
+        turned = empty((count, heads, spec.head_dim), torch.float32, device) if tiles.apart else None
+        for part in parts:
+            run(kernel, work, given, positions, x, norm, d_x, turned, **part)
+        if turned is not None:
+            rotate_backward.backward(turned, x, d_x, positions, rope, norm, spec.eps)
     return d_qkv, d_kv
 
 
@@ -228,8 +236,28 @@ def _walk_keys(
 
 
 @triton.jit
+def _query_rows(item, kv_head, ROWS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    """First token of a tile of rows; token, head and presence of each row. Read from memory at each call: what is
+    carried through the loops instead takes registers that these need."""
+    row = tl.load(item + 2, volatile=True)
+    first = tl.load(item, volatile=True) + row // GROUP
+    tokens, heads = _rows_of(row, ROWS, GROUP, STEP)
+    tokens += first
+    valid = (tokens < tl.load(item + 1, volatile=True)) & (tl.arange(0, ROWS) < STEP)
+    return first, tokens, heads + kv_head * GROUP, valid
+
+
+@triton.jit
+def _key_rows(item, KEYS: tl.constexpr):
+    """Row of `kv` and presence of each key of a tile; read from memory, as _query_rows does."""
+    lane = tl.arange(0, KEYS)
+    first = tl.load(item, volatile=True) + tl.load(item + 1, volatile=True)
+    return first + lane, lane < tl.load(item + 2, volatile=True)
+
+
+@triton.jit
 def _grad_queries(
-    q, k, v, d_out, out, lse, delta, last_keys, positions, rope, x, q_norm, d_x, norm_sums, work,
+    q, k, v, d_out, out, lse, delta, last_keys, positions, rope, x, q_norm, d_x, sums, turned, work,
     factor, scale, eps, x_row, d_x_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
@@ -237,15 +265,10 @@ def _grad_queries(
     STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(work + tile * 4)
     last_token = tl.load(work + tile * 4 + 1)
     row = tl.load(work + tile * 4 + 2)
     first_key = tl.load(work + tile * 4 + 3)
-    first += row // GROUP
-    tokens, heads = _rows_of(row, ROWS, GROUP, STEP)
-    heads += kv_head * GROUP
-    tokens += first
-    valid = (tokens < last_token) & (tl.arange(0, ROWS) < STEP)
+    first, tokens, heads, valid = _query_rows(work + tile * 4, kv_head, ROWS, GROUP, STEP)
     wide = tokens.to(tl.int64)
     column, inside = head_columns(DIM, BLOCK)
     at = (wide * HEADS + heads) * DIM
@@ -275,17 +298,25 @@ def _grad_queries(
     d_q = _walk_keys(d_q, q_tile, d_out_tile, logs, dots, own, k, v, factor, begin, full_begin + highest + 1 - full_end,
                      full_begin, full_end - full_begin, highest, KEY_ROW, DIM, BLOCK, KEYS, WINDOW, True)  # fmt: skip
 
-    position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
-    program = tile * tl.num_programs(1) + kv_head
-    turn_back(d_q * scale, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
-              d_x + wide * d_x_row + heads * DIM, norm_sums, program, valid, eps, DIM, BLOCK)  # fmt: skip
+    _, tokens, heads, valid = _query_rows(work + tile * 4, kv_head, ROWS, GROUP, STEP)
+    wide = tokens.to(tl.int64)
+    if turned is not None:
+        tile_at = ((wide * HEADS + heads) * DIM)[:, None] + column[None, :]
+        tl.store(turned + tile_at, d_q * scale, mask=valid[:, None] & inside[None, :])
+    else:
+        position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
+        first_half, second_half = halves(d_q * scale, ROWS, BLOCK)
+        turn_back(first_half, second_half, x + wide * x_row + heads * DIM, rope + position * DIM, q_norm,
+                  d_x + wide * d_x_row + heads * DIM, sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM,
+                  BLOCK)  # fmt: skip
 
 
 @triton.jit
 def _walk_rows(
     d_k, d_v, k, v, q, d_out, lse, delta, last_keys, factor, first, begin, end, jump, over, last_row, key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    STEP: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, D_K: tl.constexpr,
+    D_V: tl.constexpr,
 ):  # fmt: skip
     """Adds dS' Q and P' dO of the row tiles from `begin` to `end` to d_k and d_v, those from `jump` on moved on by
     `over` (where MASKED). Rows count from token `first`; a tile takes STEP of them. Those from `last_row` on have
@@ -306,7 +337,8 @@ def _walk_rows(
         q_tile = _load(q + base * DIM + tile_at, valid, inside, PARTIAL, DIM, BLOCK)
         d_out_tile = _load(d_out + base * DIM + tile_at, valid, inside, PARTIAL, DIM, BLOCK)
         logs = _load_rows(lse + base + at, valid, PARTIAL)
-        dots = _load_rows(delta + base + at, valid, PARTIAL)
+        if D_K:
+            dots = _load_rows(delta + base + at, valid, PARTIAL)
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
         p = tl.exp2(tl.fma(scores, factor, -logs[None, :]))
         if MASKED:
@@ -315,35 +347,34 @@ def _walk_rows(
             if WINDOW:
                 visible = visible & (keys[:, None] > own[None, :] - WINDOW)
             p = tl.where(visible, p, 0.0)
-        d_v = tl.dot(p.to(q_tile.dtype), d_out_tile, d_v, input_precision="ieee")
-        d_p = tl.dot(v, tl.trans(d_out_tile), input_precision="ieee")
-        d_s = (p * (d_p - dots[None, :])).to(q_tile.dtype)
-        d_k = tl.dot(d_s, q_tile, d_k, input_precision="ieee")
+        if D_V:
+            d_v = tl.dot(p.to(q_tile.dtype), d_out_tile, d_v, input_precision="ieee")
+        if D_K:
+            d_p = tl.dot(v, tl.trans(d_out_tile), input_precision="ieee")
+            d_s = (p * (d_p - dots[None, :])).to(q_tile.dtype)
+            d_k = tl.dot(d_s, q_tile, d_k, input_precision="ieee")
     return d_k, d_v
 
 
 @triton.jit
 def _grad_keys(
-    q, k, v, d_out, lse, delta, last_keys, positions, rope, x, k_norm, d_x, norm_sums, work,
+    q, k, v, d_out, lse, delta, last_keys, positions, rope, x, k_norm, d_x, sums, turned, work,
     factor, scale, eps, x_row, d_x_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = ROWS // 2  # of a tile with masks, which take registers
     STEP: tl.constexpr = _whole_tokens(ROWS, GROUP, HALF)
     HALF_STEP: tl.constexpr = _whole_tokens(HALF, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    first_key = tl.load(work + tile * 7)
     key = tl.load(work + tile * 7 + 1)
-    num_keys = tl.load(work + tile * 7 + 2)
     seen = tl.load(work + tile * 7 + 3)
     whole = tl.load(work + tile * 7 + 4)
     cut = tl.load(work + tile * 7 + 5)
     hidden = tl.load(work + tile * 7 + 6)
     column, inside = head_columns(DIM, BLOCK)
-    valid = tl.arange(0, KEYS) < num_keys
-    keys = first_key + key + tl.arange(0, KEYS)
+    keys, valid = _key_rows(work + tile * 7, KEYS)
     wide = keys.to(tl.int64)
     tile_at = wide[:, None] * KEY_ROW + kv_head * DIM + column[None, :]
     k_tile = _load(k + tile_at, valid, inside, True, DIM, BLOCK)
@@ -358,21 +389,28 @@ def _grad_keys(
     full_end = full_begin + tl.maximum((cut - seen) * GROUP - full_begin, 0) // STEP * STEP
     d_k = tl.zeros([KEYS, BLOCK], tl.float32)
     d_v = tl.zeros([KEYS, BLOCK], tl.float32)
-    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin, full_end,
-                          0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, STEP, KEYS, WINDOW, False)  # fmt: skip
+    d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, full_begin,
+                          full_end, 0, 0, end, key, HEADS, GROUP, DIM, BLOCK, ROWS, STEP, KEYS, WINDOW, False,
+                          D_K, D_V)  # fmt: skip
     d_k, d_v = _walk_rows(d_k, d_v, k_tile, v_tile, q, d_out, lse, delta, last_keys, factor, seen, 0,
                           full_begin + end - full_end, full_begin, full_end - full_begin, end, key,
-                          HEADS, GROUP, DIM, BLOCK, HALF, HALF_STEP, KEYS, WINDOW, True)  # fmt: skip
+                          HEADS, GROUP, DIM, BLOCK, HALF, HALF_STEP, KEYS, WINDOW, True, D_K, D_V)  # fmt: skip
 
-    # Read again, or the compiler carries addresses of rows through both loops, for which there are no registers.
-    keys = tl.load(work + tile * 7, volatile=True) + tl.load(work + tile * 7 + 1, volatile=True) + tl.arange(0, KEYS)
-    valid = tl.arange(0, KEYS) < tl.load(work + tile * 7 + 2, volatile=True)
+    keys, valid = _key_rows(work + tile * 7, KEYS)
     wide = keys.to(tl.int64)
+    stored = valid[:, None] & inside[None, :]
+    heads = tl.num_programs(1)
     d_x += kv_head * DIM
     to = d_x + wide * d_x_row
-    values = to[:, None] + tl.num_programs(1) * DIM + column[None, :]
-    stored = valid[:, None] & inside[None, :]
-    tl.store(values, d_v.to(d_x.dtype.element_ty), mask=stored)
-    position = tl.load(positions + keys, mask=valid, other=0).to(tl.int64)
-    turn_back(d_k * scale, x + wide * x_row + kv_head * DIM, rope + position * DIM, k_norm, to,
-              norm_sums, tile * tl.num_programs(1) + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip
+    if D_V:
+        values = to[:, None] + heads * DIM + column[None, :]
+        tl.store(values, d_v.to(d_x.dtype.element_ty), mask=stored)
+    if D_K:
+        if turned is not None:
+            at = (wide * heads + kv_head)[:, None] * DIM + column[None, :]
+            tl.store(turned + at, d_k * scale, mask=stored)
+        else:
+            position = tl.load(positions + keys, mask=valid, other=0).to(tl.int64)
+            first_half, second_half = halves(d_k * scale, KEYS, BLOCK)
+            turn_back(first_half, second_half, x + wide * x_row + kv_head * DIM, rope + position * DIM, k_norm, to,
+                      sums, tile * heads + kv_head, valid, eps, DIM, BLOCK)  # fmt: skip

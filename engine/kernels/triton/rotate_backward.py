@@ -1,12 +1,70 @@
-"""Back through RoPE and the q/k norm on a GPU: what the epilogues of attention's backward do with a tile of gradients.
+"""Back through RoPE and the q/k norm on a GPU: a kernel of its own, and what the epilogues of attention's backward do.
 
-# R rows of a tile, Dh head width
+# T tokens, R rows of a tile, Dh head width
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.graph import empty
+from engine.kernels.triton.column_sum import add_column_sums_
+from engine.kernels.triton.launch import launch
+from engine.kernels.weight import Weight
+
+_TOKENS = 16  # of a program
+
+
+def backward(gradient: Tensor, x: Tensor, d_x: Tensor, positions: Tensor, rope: Tensor, norm: Weight | None,
+             eps: float) -> None:  # fmt: skip
+    """Writes to d_x the gradient of the heads in x from that of these heads normed and turned, fp32 [T, heads, Dh].
+
+    Rows of x and d_x begin with the heads, T of them or more, and may lie apart. Adds the norm's gradient to `norm`'s.
+    """
+    tokens, heads, dim = gradient.shape
+    programs = triton.cdiv(tokens, _TOKENS), heads
+    sums = norm_sums(programs, norm, gradient)
+    launch(
+        _backward, programs, gradient, x, positions, rope, None if norm is None else norm.data, d_x, sums, tokens,
+        x.stride(0), d_x.stride(0), eps, HEADS=heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), TOKENS=_TOKENS,
+    )  # fmt: skip
+    add_norm_gradient(sums, norm)
+
+
+def norm_sums(programs: tuple[int, int], norm: Weight | None, like: Tensor) -> Tensor | None:
+    """Room for what each program adds to the gradient of `norm`."""
+    if norm is None:
+        return None
+    return empty((programs[0] * programs[1], norm.shape[0]), torch.float32, like.device)
+
+
+def add_norm_gradient(sums: Tensor | None, norm: Weight | None) -> None:
+    """Adds what all programs found."""
+    if norm is not None and sums is not None:
+        add_column_sums_(sums, norm.grad_buffer())
+
+
+@triton.jit
+def _backward(
+    gradient, x, positions, rope, norm, d_x, sums, num_tokens, x_row, d_x_row, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    valid = tokens < num_tokens
+    wide = tokens.to(tl.int64)
+    column = tl.arange(0, BLOCK // 2)
+    at = gradient + (wide * HEADS + head)[:, None] * DIM + column[None, :]
+    inside = valid[:, None] & (column < DIM // 2)[None, :]
+    first = tl.load(at, mask=inside, other=0.0)
+    second = tl.load(at + DIM // 2, mask=inside, other=0.0)
+    position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
+    turn_back(first, second, x + wide * x_row + head * DIM, rope + position * DIM, norm,
+              d_x + wide * d_x_row + head * DIM, sums, tl.program_id(0) * HEADS + head, valid, eps, DIM,
+              BLOCK)  # fmt: skip
 
 
 @triton.jit
@@ -21,11 +79,17 @@ def head_columns(DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Left and right half of a tile [ROWS, BLOCK]."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, BLOCK // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def turn_back(
-    gradient, x, turn, norm, to, norm_sums, program, valid, eps,
+    first, second, x, turn, norm, to, norm_sums, program, valid, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of R heads before norm and RoPE from that after them, fp32 [R, BLOCK] as head_columns has it.
+    """Writes the gradient of R heads before norm and RoPE from that after them, fp32 halves [R, BLOCK / 2].
 
     x, to: [R] pointers to heads before them, and to their gradients; turn: [R] pointers to cos and sin. Where `norm` is
     not None, row `program` of norm_sums is set to the gradient of the norm's weight from these rows.
@@ -35,7 +99,6 @@ def turn_back(
     inside = valid[:, None]
     if BLOCK // 2 > HALF:
         inside = inside & (column < HALF)[None, :]
-    first, second = tl.split(tl.permute(tl.reshape(gradient, (gradient.shape[0], 2, BLOCK // 2)), (0, 2, 1)))
     cos = tl.load(turn[:, None] + column[None, :], mask=inside, other=0.0)
     sin = tl.load(turn[:, None] + (HALF + column)[None, :], mask=inside, other=0.0)
     d_first = tl.fma(first, cos, second * sin)

@@ -5,6 +5,7 @@ Tiles are small here, so that 41 keys are several of them, and the forward's res
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 
 import pytest
@@ -133,6 +134,18 @@ def test_gradients_are_those_of_the_definition_in_double(shape, dtype):
         assert_near(actual.cpu(), exact, dtype, ulps=ULPS[dtype])
 
 
+def test_wide_heads_go_back_through_rope_and_norm_in_a_launch_of_their_own():
+    from engine.kernels.triton.attention_backward import tiles_for
+
+    assert tiles_for(256, torch.bfloat16).apart and not tiles_for(128, torch.bfloat16).apart
+    spec = AttentionSpec(3, 1, 48, window=20)
+    qkv, d_out = example(spec, torch.float32)
+    norms = norms_of(spec, torch.float32)
+    ours = gradients(qkv, d_out, spec, LENGTHS, norms, tiles=replace(small_tiles(), apart=True))
+    for actual, exact in zip(ours, exact_gradients(qkv, d_out, spec, LENGTHS, norms), strict=True):
+        assert_near(actual.cpu(), exact, torch.float32, ulps=ULPS[torch.float32])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_of_production_give_the_gradients_of_the_definition(dtype):
     from engine.kernels.triton.attention_backward import tiles_for
@@ -156,6 +169,19 @@ def test_the_same_call_has_the_same_bits_twice_and_a_sequence_those_that_it_has_
         alone = gradients(own_qkv.contiguous(), own_d_out.contiguous(), spec, [LENGTHS[s]], norms_of(spec, dtype))
         for name, one, other in zip(NAMES, expected, alone, strict=False):
             assert_same_bits(other, one, f"{name} of sequence {s}")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+def test_what_is_wrong_in_one_sequence_stays_there():
+    spec = AttentionSpec(3, 1, 16)
+    qkv, d_out = example(spec, torch.float32, 37)
+    clean = gradients(qkv, d_out, spec, [9, 7, 21], None)
+    qkv[9:16] = float("nan")
+    d_out[9:16] = float("inf")
+    for name, one, other in zip(NAMES, clean, gradients(qkv, d_out, spec, [9, 7, 21], None), strict=False):
+        assert other[9:16].isnan().any()
+        for rows in (slice(0, 9), slice(16, 37)):
+            assert_same_bits(other[rows], one[rows], name)
 
 
 def test_gradients_of_the_norms_add_up():

@@ -57,9 +57,9 @@ class Round:
             assert torch.equal(score[-size:], trained[-size:])
 
 
-def play(engine: Engine, params: SamplingParams = PARAMS) -> Round:
-    results = engine.generate(PROMPTS, params)
-    pairs = [(prompt, each) for prompt, row in zip(PROMPTS, results, strict=True) for each in row]
+def play(engine: Engine, params: SamplingParams = PARAMS, prompts: list[list[int]] = PROMPTS) -> Round:
+    results = engine.generate(prompts, params)
+    pairs = [(prompt, each) for prompt, row in zip(prompts, results, strict=True) for each in row]
     scores = engine.score([prompt + each.token_ids for prompt, each in pairs], params.temperature)
     samples = [
         Sample.from_completion(prompt, each, advantage=(-1.0) ** i, temperature=params.temperature)
@@ -101,6 +101,16 @@ def test_sampled_scored_and_trained_logprobs_are_equal_bitwise(on_triton):
 def test_they_are_after_an_optimizer_step(on_triton):
     assert on_triton.engine.weight_version == 1
     on_triton.after.assert_exact()
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float16", "auto"), ("float16", "fp8_e4m3"), ("float32", "fp8_e4m3")])
+def test_they_are_in_other_dtypes(dtype, kv_dtype):
+    model = msgspec.structs.replace(MODEL, num_hidden_layers=1)
+    config = msgspec.structs.replace(CONFIG, dtype=dtype, kv_dtype=kv_dtype)
+    with use_backend("triton"):
+        engine = Engine.from_config(model, config)
+        play(engine, SamplingParams(max_tokens=3, seed=5), PROMPTS[:1]).assert_exact()
+    assert (engine.sampler.runner.keys[0].dtype == torch.float8_e4m3fn) == (kv_dtype == "fp8_e4m3")
 
 
 def test_a_cached_prefix_changes_no_bit(on_triton):
@@ -160,6 +170,7 @@ def assert_same_weights(left: Engine, right: Engine) -> None:
         assert torch.equal(ours.dense().cpu(), theirs.dense().cpu()), ours.name
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # in the rows that are nobody's
 def test_graphs_with_more_rows_than_the_step_has_change_no_bit(monkeypatch):
     model = msgspec.structs.replace(MODEL, num_hidden_layers=1)
     config = EngineConfig(dtype="float32", device=DEVICE, kv_tokens=64, max_batch_tokens=4, max_seqs=4)
