@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.batch import TokenBatch
 from engine.config import ParallelConfig
 from engine.errors import EngineError, NumericsError, ParallelError
-from engine.kernels.memory import upload
+from engine.kernels.memory import read_vectors, upload
 from engine.losses import Loss, LossBatch, LossMetrics
 from engine.model import Transformer
 from engine.parallel.collectives import broadcast_object
@@ -141,36 +141,39 @@ class MicroBatches:
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of samples that share a micro-batch, from its hidden states [T, D], and the log-probabilities of
         their loss tokens."""
-        device = self.model.device
         counts = [len(target.positions) for target in targets]
         starts = torch.tensor([0] + [len(target.inputs) for target in targets]).cumsum(0)
         rows = torch.cat([start + t.positions - 1 for start, t in zip(starts, targets, strict=False)])  # [N]
         inverse = temperatures([target.inv_temperature for target in targets], counts)
         tokens = torch.cat([target.tokens for target in targets])
         logprobs, entropy = self._predictions(packed, hidden, rows, tokens, inverse)
-        batch = LossBatch(
-            logprobs=logprobs,
-            entropy=entropy,
-            advantages=upload(torch.cat([target.advantages for target in targets]), device),
-            old_logprobs=upload(torch.cat([target.old_logprobs for target in targets]), device),
-            ref_logprobs=upload(torch.cat([target.ref_logprobs for target in targets]), device),
-            positions=upload(torch.cat([target.positions for target in targets]), device),
-            sequence_ids=upload(torch.repeat_interleave(torch.tensor(counts)), device),
-            cu_seqlens=upload(torch.tensor([0, *counts]).cumsum(0), device),
-            samples=[target.sample for target in targets],
-            num_loss_tokens=totals.num_loss_tokens,
-            num_loss_samples=totals.num_loss_samples,
-        )
+        facts: dict[str, Any] = {  # on the CPU
+            "advantages": torch.cat([target.advantages for target in targets]),
+            "old_logprobs": torch.cat([target.old_logprobs for target in targets]),
+            "ref_logprobs": torch.cat([target.ref_logprobs for target in targets]),
+            "positions": torch.cat([target.positions for target in targets]),
+            "sequence_ids": torch.repeat_interleave(torch.tensor(counts)),
+            "cu_seqlens": torch.tensor([0, *counts]).cumsum(0),
+        }
+        there: dict[str, Any] = {name: upload(values, self.model.device) for name, values in facts.items()}
+        rest: dict[str, Any] = {
+            "samples": [target.sample for target in targets],
+            "num_loss_tokens": totals.num_loss_tokens,
+            "num_loss_samples": totals.num_loss_samples,
+        }
+        batch = LossBatch(logprobs=logprobs, entropy=entropy, **there, **rest)
         losses, cut = loss.per_token(batch)  # [N]
-        weights = loss.token_weights(batch)  # [N]
+        total = (losses * loss.token_weights(batch).to(losses.dtype)).sum()
+        logprobs, entropy, losses, *flags = read_vectors([logprobs, entropy, losses, *([] if cut is None else [cut])])
+        batch = LossBatch(logprobs=logprobs, entropy=entropy, **facts, **rest)
         if not losses.isfinite().all():
             raise NumericsError(_describe_not_finite(batch, losses))
-        totals.losses += (losses.detach().double() * weights).tolist()
-        totals.metrics.add(batch, cut)
-        difference = (logprobs.detach() - batch.old_logprobs).abs()
+        totals.losses += (losses.double() * loss.token_weights(batch)).tolist()
+        totals.metrics.add(batch, flags[0] if flags else None)
+        difference = (logprobs - batch.old_logprobs).abs()
         difference = difference[~difference.isnan()]
         totals.saw(float(difference.max()) if len(difference) else None)
-        return (losses * weights.to(losses.dtype)).sum(), list(logprobs.detach().cpu().split(counts))
+        return total, list(logprobs.split(counts))
 
     def _predictions(
         self, packed: list[TokenBatch], hidden: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor | None

@@ -8,6 +8,7 @@ a training step. numpy asks Linux for 2 MiB pages for arrays of 4 MiB and more, 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -42,6 +43,15 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def read_vectors(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors of one length on the CPU, without their gradients: themselves where they lie there, else copies, for
+    which a GPU is waited for once."""
+    if vectors[0].is_cpu:
+        return [vector.detach() for vector in vectors]
+    together = torch.stack([vector.detach().double() for vector in vectors]).cpu()  # which holds the others exactly
+    return [row.to(vector.dtype) for row, vector in zip(together, vectors, strict=True)]
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -88,6 +88,13 @@ def test_a_step_of_sampling_reads_once(reads):
     assert set(reads) == {"cpu"}
 
 
+def test_a_micro_batch_reads_once(reads):
+    engine = make(train_batch_tokens=4)
+    with use_backend("triton"):
+        stats = engine.forward_backward([sample(), sample(), sample()], "dapo")
+    assert reads == ["cpu"] * int(stats.metrics["micro_batches"])
+
+
 def test_an_optimizer_step_reads_once(reads):
     engine = make()
     with use_backend("triton"):

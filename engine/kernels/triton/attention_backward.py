@@ -18,7 +18,7 @@ heads wider than 128 leave them no registers, so they do that in a launch of its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -100,31 +100,34 @@ def backward(
         "WINDOW": window, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip
 
-    def run(kernel: Any, work: Tensor, given: tuple[Tensor, ...], positions: Tensor, x: Tensor, norm: Weight | None,
-            d_x: Tensor, turned: Tensor | None, **block: int) -> None:  # fmt: skip
-        programs = work.shape[0], spec.num_kv_heads
-        norm = norm if turned is None else None
-        sums = norm_sums(programs, norm, q)
-        launch(
-            kernel, programs, q, k, v, d_out, *given, on_device.last_keys, positions, rope, x,
-            None if norm is None else norm.data, d_x, sums, turned, work, spec.scale * _LOG2E, spec.scale, spec.eps,
-            x.stride(0), d_x.stride(0), **block, **shape,
-        )  # fmt: skip
-        add_norm_gradient(sums, norm)
+    scalars = spec.scale * _LOG2E, spec.scale, spec.eps
+    turned_q = turned_k = None
+    fused_q, fused_k = q_norm, k_norm
+    if tiles.apart:
+        turned_q = empty((on_device.num_tokens, spec.num_heads, spec.head_dim), torch.float32, device)
+        turned_k = empty((on_device.num_keys, spec.num_kv_heads, spec.head_dim), torch.float32, device)
+        fused_q = fused_k = None
 
-    for kernel, work, given, count, heads, positions, x, norm, d_x, parts in (
-        (_grad_queries, query_work, (out, lse, delta), on_device.num_tokens, spec.num_heads, on_device.query_positions,
-         qkv, q_norm, d_qkv, [{"ROWS": tiles.query_rows, "KEYS": tiles.query_keys}]),
-        (_grad_keys, key_work, (lse, delta), on_device.num_keys, spec.num_kv_heads, on_device.key_positions,
-         kv_rows, k_norm, d_kv_rows,
-         [{"ROWS": tiles.key_rows, "KEYS": tiles.key_keys, "D_K": d_k, "D_V": d_v} for d_k, d_v in
-          ([(False, True), (True, False)] if tiles.apart else [(True, True)])]),
-    ):  # fmt: skip
-        turned = empty((count, heads, spec.head_dim), torch.float32, device) if tiles.apart else None
-        for part in parts:
-            run(kernel, work, given, positions, x, norm, d_x, turned, **part)
-        if turned is not None:
-            rotate_backward.backward(turned, x, d_x, positions, rope, norm, spec.eps)
+    programs = query_work.shape[0], spec.num_kv_heads
+    sums = norm_sums(programs, fused_q, q)
+    launch(
+        _grad_queries, programs, q, k, v, d_out, out, lse, delta, on_device.last_keys, on_device.query_positions, rope,
+        qkv, None if fused_q is None else fused_q.data, d_qkv, sums, turned_q, query_work, *scalars, qkv.stride(0),
+        d_qkv.stride(0), ROWS=tiles.query_rows, KEYS=tiles.query_keys, **shape,
+    )  # fmt: skip
+    add_norm_gradient(sums, fused_q)
+    programs = key_work.shape[0], spec.num_kv_heads
+    sums = norm_sums(programs, fused_k, q)
+    for d_k, d_v in ((False, True), (True, False)) if tiles.apart else ((True, True),):
+        launch(
+            _grad_keys, programs, q, k, v, d_out, lse, delta, on_device.last_keys, on_device.key_positions, rope,
+            kv_rows, None if fused_k is None else fused_k.data, d_kv_rows, sums, turned_k, key_work, *scalars,
+            kv_rows.stride(0), d_kv_rows.stride(0), ROWS=tiles.key_rows, KEYS=tiles.key_keys, D_K=d_k, D_V=d_v, **shape,
+        )  # fmt: skip
+    add_norm_gradient(sums, fused_k)
+    if turned_q is not None and turned_k is not None:
+        rotate_backward.backward(turned_q, qkv, d_qkv, on_device.query_positions, rope, q_norm, spec.eps)
+        rotate_backward.backward(turned_k, kv_rows, d_kv_rows, on_device.key_positions, rope, k_norm, spec.eps)
     return d_qkv, d_kv
 
 
