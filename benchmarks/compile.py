@@ -3,7 +3,7 @@ matrix instructions.
 
     python -m benchmarks.compile --ops swiglu --targets sm_90 --dtypes bfloat16
 
-What is compiled is what would be launched: see `benchmarks.compile_cases`. Exits with 1 where a kernel spills (more than
+What is compiled is what would be launched: see `benchmarks.compile_cases`. Exits with 1 where one spills (more than
 the cases say it may), wants more shared memory than a block has, or does not compile. Timings need the GPU.
 """
 
