@@ -90,7 +90,7 @@ class Drawing:
             index: dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
             for index, (ids, values) in alternatives.items()
         }
-        return Drawn(tokens, logprobs.view(np.float32), kept_mass.view(np.float32), choices)
+        return Drawn(tokens, logprobs, kept_mass, choices)
 
     # ---- the same as one message between the stages of a pipeline ----
 
@@ -120,11 +120,16 @@ class Drawing:
         return drawn
 
 
-def _on_host(drawn: list[tuple[Tensor, ...]]) -> np.ndarray:
-    """Columns of 4-byte numbers, chunk after chunk, as their bits: int32 [3, R]. This is where a step waits for what
-    it launched."""
-    chunks = [torch.stack([column.view(torch.int32) for column in columns]) for columns in drawn]
-    return (chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)).cpu().numpy()
+def _on_host(drawn: list[tuple[Tensor, ...]]) -> list[np.ndarray]:
+    """Tokens, log-probabilities and kept masses of chunks of rows, [R] each. Where they lie on a GPU, this is the one
+    place where a step waits for it."""
+    if not drawn[0][0].is_cpu:
+        chunks = [torch.stack([column.view(torch.int32) for column in columns]) for columns in drawn]
+        tokens, *others = torch.cat(chunks, 1).cpu()
+        drawn = [(tokens, *(other.view(torch.float32) for other in others))]
+    if len(drawn) == 1:
+        return [column.numpy() for column in drawn[0]]
+    return [np.concatenate([column.numpy() for column in columns]) for columns in zip(*drawn, strict=True)]
 
 
 def take_rows(x: Tensor, rows: np.ndarray) -> Tensor:

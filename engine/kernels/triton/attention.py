@@ -115,7 +115,7 @@ def forward(
 
 
 def _check(qkv: Tensor, keys: Tensor | None, rope: Tensor, plan: DevicePlan) -> None:
-    if qkv.shape[0] < plan.num_tokens or (qkv.shape[0] > plan.num_tokens and not plan.fixed):
+    if qkv.shape[0] != plan.num_tokens and not plan.fixed:
         raise InputError(f"qkv has {qkv.shape[0]} rows and the plan {plan.num_tokens}")
     if plan.num_positions > rope.shape[0]:
         raise InputError(f"a position is {plan.num_positions - 1} and the RoPE table ends at {rope.shape[0] - 1}")
@@ -150,15 +150,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
         if number or plan.fixed:
             launch(
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,
-                items, lists.counts, plan.tables, plan.last_keys, spec.scale * math.log2(math.e), spec.window or 0,
-                *strides, **shape, LIST=place, FOLDS=place == 0, PAGE=plan.page_size if paged else 0, BLOCK_M=block,
-                BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None, STAGES=stages,
-                num_warps=warps, num_stages=stages,
+                items, lists.counts, plan.tables, plan.last_keys, q.shape[0], spec.scale * math.log2(math.e),
+                spec.window or 0, *strides, **shape, LIST=place, FOLDS=place == 0, PAGE=plan.page_size if paged else 0,
+                BLOCK_M=block, BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None,
+                STAGES=stages, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     if lists.num_turns or plan.fixed:
         programs = _FOLD_PROGRAMS if plan.fixed else min(_FOLD_PROGRAMS, lists.num_turns * K)
         launch(
-            _fold_parts, (programs,), sums, softmaxes, out, lse, lists.turns, lists.parts, lists.counts,
+            _fold_parts, (programs,), sums, softmaxes, out, lse, lists.turns, lists.parts, lists.counts, q.shape[0],
             PADDED_GROUP=triton.next_power_of_2(H // K), **shape,
         )  # fmt: skip
 
@@ -183,9 +183,9 @@ def _finish(run_max, run_sum, run_acc):
     return run_acc * tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)[:, None] + 0.0, run_max + tl.log2(divisor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
-    q, k, v, out, lse, sums, softmaxes, items, counts, tables, last_keys, factor, window,
+    q, k, v, out, lse, sums, softmaxes, items, counts, tables, last_keys, num_tokens, factor, window,
     page_stride, head_stride, slot_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, LIST: tl.constexpr,
     FOLDS: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -200,8 +200,8 @@ def _attend(
         key_begin, key_end = tl.load(item + 3), tl.load(item + 4)
         seen_begin, seen_end, part = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
         place = tl.arange(0, BLOCK_M)
-        here = place < num_rows
         token = (first_row + place) // GROUP
+        here = (place < num_rows) & (token < num_tokens)
         query_head = head * GROUP + (first_row + place) % GROUP
         row = token * (GROUP * KV_HEADS) + query_head  # fewer than 2**31, of all heads
         inside = here[:, None] & (columns < DIM)[None] if DIM < PADDED else here[:, None]
@@ -258,19 +258,19 @@ def _attend(
                 tl.store(lse + row, logarithm, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _fold_parts(
-    sums, softmaxes, out, lse, turns, parts, counts,
+    sums, softmaxes, out, lse, turns, parts, counts, num_tokens,
     PADDED_GROUP: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, PADDED_GROUP)
     columns = tl.arange(0, PADDED)
-    here = place < GROUP
-    inside = here[:, None] & (columns < DIM)[None]
     for work in range(tl.program_id(0), tl.load(counts + 2) * KV_HEADS, tl.num_programs(0)):
         turn = turns + work // KV_HEADS * _TURN
         heads = work % KV_HEADS * GROUP + place
         token, first, number = tl.load(turn).to(tl.int64), tl.load(turn + 1), tl.load(turn + 2)
+        here = place < tl.where(token < num_tokens, GROUP, 0)
+        inside = here[:, None] & (columns < DIM)[None]
         run_max = tl.full([PADDED_GROUP], NO_SCORE, tl.float32)
         run_sum = tl.zeros([PADDED_GROUP], tl.float32)
         run_acc = tl.zeros([PADDED_GROUP, PADDED], tl.float32)

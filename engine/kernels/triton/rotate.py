@@ -32,9 +32,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [T, H, Dh] in qkv's dtype, and where keys and values are: the pages given, or new [T_kv, K, Dh].
 
-    Rows of qkv and kv past the plan's are left alone. fp32 throughout, in this order: mean of squares, 1 / sqrt(mean +
-    eps), x times that, times the norm's weight, then the rotation, then one rounding. Keys and values go through
-    `spec.kv_dtype` on their way where it is given, whether they end in pages or not.
+    Rows of qkv and kv past the plan's are left alone, and of the plan's those past qkv's and kv's. In fp32 and in this
+    order: mean of squares, 1 / sqrt(mean + eps), x times that, times the norm's weight, the rotation, one rounding.
+    Keys and values go through `spec.kv_dtype` on their way where it is given, whether they end in pages or not.
     """
     apart = kv is not None
     q_rows, kv_rows = aligned(qkv), aligned(kv if kv is not None else qkv)
@@ -52,12 +52,12 @@ def forward(
     q_norm_data, k_norm_data = norms
     launch(
         _write_queries, (triton.cdiv(qkv.shape[0] * H, _ROWS),), q_rows, q_rows.stride(0), q_norm_data, rope,
-        plan.query_positions, plan.counts, q, spec.eps, NUM_HEADS=H, **shape,
+        plan.query_positions, plan.counts, qkv.shape[0], q, spec.eps, NUM_HEADS=H, **shape,
     )  # fmt: skip
     launch(
         _write_keys, (triton.cdiv(kv_rows.shape[0] * K, _ROWS),), kv_rows if apart else kv_rows[:, H * dim :],
-        kv_rows.stride(0), k_norm_data, rope, plan.key_positions, plan.slots, plan.counts, keys, values, spec.eps,
-        *strides, NUM_HEADS=K, PAGE=page, E4M3=spec.kv_dtype is not None, **shape,
+        kv_rows.stride(0), k_norm_data, rope, plan.key_positions, plan.slots, plan.counts, kv_rows.shape[0], keys,
+        values, spec.eps, *strides, NUM_HEADS=K, PAGE=page, E4M3=spec.kv_dtype is not None, **shape,
     )  # fmt: skip
     return q, keys, values
 
@@ -68,13 +68,14 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 else x.clone().contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_queries(
-    x, row_stride, norm, rope, positions, counts, q, eps,
+    x, row_stride, norm, rope, positions, counts, num_tokens, q, eps,
     NUM_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, head, here = row // NUM_HEADS, row % NUM_HEADS, row // NUM_HEADS < tl.load(counts)
+    token, head = row // NUM_HEADS, row % NUM_HEADS
+    here = (token < tl.load(counts)) & (token < num_tokens)
     columns = tl.arange(0, HALF)
     inside = here[:, None] & (columns < DIM // 2)[None]
     at = x + (token.to(tl.int64) * row_stride + head * DIM)[:, None] + columns[None]
@@ -84,14 +85,15 @@ def _write_queries(
     tl.store(to + DIM // 2, x2.to(q.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_keys(
-    x, row_stride, norm, rope, positions, slots, counts, keys, values, eps, page_stride, head_stride, slot_stride,
-    NUM_HEADS: tl.constexpr, PAGE: tl.constexpr, E4M3: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, row_stride, norm, rope, positions, slots, counts, num_tokens, keys, values, eps,
+    page_stride, head_stride, slot_stride, NUM_HEADS: tl.constexpr, PAGE: tl.constexpr, E4M3: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, head, here = row // NUM_HEADS, row % NUM_HEADS, row // NUM_HEADS < tl.load(counts + 1)
+    token, head = row // NUM_HEADS, row % NUM_HEADS
+    here = (token < tl.load(counts + 1)) & (token < num_tokens)
     columns = tl.arange(0, HALF)
     inside = here[:, None] & (columns < DIM // 2)[None]
     at = x + (token.to(tl.int64) * row_stride + head * DIM)[:, None] + columns[None]

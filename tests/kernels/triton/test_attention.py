@@ -280,6 +280,10 @@ def test_a_reserved_plan_keeps_its_addresses_and_refuses_what_does_not_fit():
     assert addresses() == before
     alone = forward(qkv[:1], spec, plan_of([1], [31], tables), cache.keys, cache.values)
     assert_same_bits(out[:1], alone, "a batch of one row in room for 40")
+    plan.build(int32([0, 20, 30]), int32([20, 31]), int32([*range(20), *range(21, 31)]), tables.repeat(2, 1), 16)
+    few = forward(qkv[:3], spec, plan, cache.keys, cache.values)  # three rows of room for a batch of 30
+    assert few.shape == (3, 64)
+    assert_same_bits(few, forward(qkv[:30], spec, plan, cache.keys, cache.values)[:3], "rows that there is room for")
     plan.build(int32([0, 80]), int32([80]), torch.arange(80, dtype=torch.int32), tables, 16)
     with pytest.raises(InputError, match="reserve the plan"):
         forward(randn(80, spec.row_size), spec, plan, cache.keys, cache.values)
