@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find engine/csrc -type f)
 RECOMPILE := $(if $(wildcard engine/_C*.so),,again)
 MODELS ?= llama-110m
 
-.PHONY: setup test demo lint bench clean again
+.PHONY: setup test demo lint bench clean again compile-gpu test-gpu gpu
 
 setup: $(VENV)/extension.stamp
 
@@ -31,6 +31,8 @@ $(VENV)/extension.stamp: $(VENV)/requirements.stamp $(SOURCES) $(RECOMPILE)
 	@$(BIN)/python setup.py --quiet build_ext --inplace  # by itself first: pip would hide what the compiler says
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'from engine.kernels.op import cpu_missing; print("setup:", cpu_missing() or "the C++ kernels are ready")'
+	@! command -v nvcc >/dev/null || $(BIN)/python -c 'from engine.kernels.op import cuda_not_built; \
+		print("setup:", cuda_not_built() or "the CUDA kernels are ready")'
 	@touch $@
 
 lint: setup
@@ -48,5 +50,21 @@ demo: setup
 bench: setup
 	@$(BIN)/python -m benchmarks --models $(MODELS)
 
+# Every Triton kernel in every dtype, compiled for GPUs that need not be here (minutes; `make test` does bfloat16 only).
+compile-gpu: setup
+	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile
+
+# On a machine with a GPU, whose own python has a CUDA build of torch: nothing is installed, the extensions are built in
+# place for that python. Unproven: no GPU has run these targets yet.
+gpu:
+	@$(PYTHON) -c 'import torch, triton, msgspec, pybind11, pytest, sys; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "error: $(PYTHON) needs a GPU, and torch, triton, msgspec, pybind11 and pytest (make PYTHON=...)"; exit 1; }
+	@$(PYTHON) setup.py --quiet build_ext --inplace
+
+test-gpu: gpu
+	@$(PYTHON) -m pytest tests/kernels/triton tests/kernels/cuda tests/test_exactness.py
+	@! command -v compute-sanitizer >/dev/null || \
+		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
+
 clean:
-	rm -rf $(VENV) build *.egg-info engine/_C*.so
+	rm -rf $(VENV) build *.egg-info engine/_C*.so engine/_cuda*.so

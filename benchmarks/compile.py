@@ -3,8 +3,8 @@ matrix instructions.
 
     python -m benchmarks.compile --ops swiglu --targets sm_90 --dtypes bfloat16
 
-What is compiled is what would be launched: see `benchmarks.compile_cases`. Exits with 1 where a kernel spills, wants
-more shared memory than a block has, or does not compile. Timings are not made here: they need the GPU.
+What is compiled is what would be launched: see `benchmarks.compile_cases`. Exits with 1 where one spills (more than
+the cases say it may), wants more shared memory than a block has, or does not compile. Timings need the GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -33,11 +34,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.compile_cases import DTYPES, CompileCase, collected
+from benchmarks.compile_cases import DTYPES, MAY_SPILL, CompileCase, collected
 from engine.kernels.triton.launch import Launch
 
-TARGETS = {"sm_90": 90, "sm_100": 100}
+TARGETS = {"sm_90": (90, 132), "sm_100": (100, 148)}  # compute capability and multiprocessors: H100 or H200, and B200
 SHARED_LIMIT = 232448  # bytes of shared memory that a block can have on both targets (227 KiB)
+TENSOR_LIMIT = 512  # columns of tensor memory on sm_100
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Record:
     registers: int = 0
     spills: int = 0
     shared_bytes: int = 0
+    tensor_columns: int = 0
     wgmma: bool = False
     tcgen05: bool = False
     error: str = ""
@@ -80,10 +83,12 @@ class Record:
         """Why the kernel will not do; empty where it will."""
         if self.error:
             return f"does not compile: {self.error}"
-        if self.spills:
+        if self.spills > MAY_SPILL.get(self.kernel, 0):
             return f"spills {self.spills} bytes a thread; smaller tiles or more warps need fewer registers"
         if self.shared_bytes > SHARED_LIMIT:
             return f"wants {self.shared_bytes} bytes of shared memory; a block has {SHARED_LIMIT}: take fewer stages"
+        if self.tensor_columns > TENSOR_LIMIT:
+            return f"wants {self.tensor_columns} columns of tensor memory; there are {TENSOR_LIMIT}: take smaller tiles"
         return ""
 
 
@@ -91,15 +96,15 @@ _jobs: list[Job] = []  # for the processes of the pool, which are forked: a kern
 
 
 def jobs(cases: Sequence[CompileCase], dtypes: Sequence[torch.dtype], targets: Sequence[str]) -> list[Job]:
-    """Each launch once per target, however many ops and dtypes come to it."""
-    found: dict[str, tuple[Launch, str, str]] = {}
-    for dtype in dtypes:
-        for case in cases:
-            for launch in collected(case, dtype):
-                code = (launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
-                        sorted(launch.divisible), launch.num_warps, launch.num_stages)  # fmt: skip
-                found.setdefault(repr(code), (launch, case.op, str(dtype).removeprefix("torch.")))
-    return [Job(*each, target) for each in found.values() for target in targets]
+    """What each target would launch; each launch once, however many ops and dtypes come to it."""
+    found: dict[str, Job] = {}
+    for dtype, case, target in product(dtypes, cases, targets):
+        capability, processors = TARGETS[target]
+        for launch in collected(case, dtype, processors, capability // 10):
+            code = (launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
+                    sorted(launch.divisible), launch.num_warps, launch.num_stages, target)  # fmt: skip
+            found.setdefault(repr(code), Job(launch, case.op, str(dtype).removeprefix("torch."), target))
+    return list(found.values())
 
 
 def compile_job(job: Job) -> Record:
@@ -118,7 +123,7 @@ def compile_job(job: Job) -> Record:
     said, began = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(said):
-            compiled = triton_compile(source, target=GPUTarget("cuda", TARGETS[job.target], 32), options=options)
+            compiled = triton_compile(source, target=GPUTarget("cuda", TARGETS[job.target][0], 32), options=options)
     except Exception as error:  # whatever the compiler finds wrong is this kernel's result
         return Record(*what, time.perf_counter() - began, error=_first_lines(error))
     seconds, report = time.perf_counter() - began, said.getvalue()
@@ -129,6 +134,7 @@ def compile_job(job: Job) -> Record:
         registers=max(_numbers(r"Used (\d+) registers", report)),
         spills=sum(_numbers(r"(\d+) bytes spill", report)),
         shared_bytes=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         wgmma="wgmma.mma_async" in ptx,
         tcgen05="tcgen05.mma" in ptx,
     )
@@ -149,8 +155,8 @@ def _first_lines(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(str(error).split())[:600]
 
 
-def _nth(index: int) -> Record:
-    return compile_job(_jobs[index])
+def _nth(index: int) -> tuple[int, Record]:
+    return index, compile_job(_jobs[index])
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -163,9 +169,12 @@ def compile_all(work: Sequence[Job], workers: int) -> Iterator[Record]:
     done: dict[int, Record] = {}
     with _pool(workers) as pool:
         futures = [pool.submit(_nth, index) for index in range(len(work))]
-        for index, future in enumerate(futures):
+        for future in as_completed(futures):
             with contextlib.suppress(BrokenProcessPool):  # by this one or another: those left are tried alone, below
-                done[index] = future.result()
+                index, record = future.result()
+                done[index] = record
+                print(f"{len(done)}/{len(work)} {record.kernel} {record.dtype} {record.target} {record.seconds:.1f} s",
+                      file=sys.stderr, flush=True)  # fmt: skip
     for index, job in enumerate(work):
         yield done[index] if index in done else _alone(index, job)
 
@@ -173,7 +182,7 @@ def compile_all(work: Sequence[Job], workers: int) -> Iterator[Record]:
 def _alone(index: int, job: Job) -> Record:
     try:
         with _pool(1) as pool:
-            return pool.submit(_nth, index).result()
+            return pool.submit(_nth, index).result()[1]
     except BrokenProcessPool:
         launch = job.launch
         return Record(job.kernel, job.op, job.dtype, job.target, {}, launch.num_warps, launch.num_stages, 0.0,
@@ -189,9 +198,10 @@ def show(records: Sequence[Record]) -> None:
     for record in records:
         constants = " ".join(f"{name}={value}" for name, value in record.constants.items())
         matrix = "wgmma" if record.wgmma else "tcgen05" if record.tcgen05 else ""
+        style = "red" if record.fault else "yellow" if record.spills else ""
         table.add_row(record.op, record.kernel, record.dtype, record.target, constants, str(record.num_warps),
                       str(record.num_stages), str(record.registers), str(record.spills), str(record.shared_bytes),
-                      f"{record.seconds:.1f}", matrix, style="red" if record.fault else "")  # fmt: skip
+                      f"{record.seconds:.1f}", matrix, style=style)  # fmt: skip
     console = Console(width=max(160, Console().width))
     console.print(table)
     for record in records:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.adamw import adamw_, squared_norm
+from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
 from engine.kernels.dtypes import MODEL_DTYPES, TRITON_DTYPES
 from engine.kernels.embedding import embedding
 from engine.kernels.linear import linear
@@ -28,7 +29,10 @@ from engine.kernels.triton.launch import Launch, collecting
 from engine.kernels.weight import Weight
 
 WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
-TOKENS = 512
+TOKENS, PAGE_SIZE = 512, 16
+# Bytes that a thread may spill, stores and loads together. What attention spills where a program has keys of several
+# splits is the result of those before, which is touched once in 512 keys.
+MAY_SPILL = {"attention._attend": 136}
 DTYPES = tuple(dtype for dtype in TRITON_DTYPES if dtype in MODEL_DTYPES.values())
 
 
@@ -46,11 +50,44 @@ def cases() -> list[CompileCase]:
     return [CompileCase(name, RUN[name]) for name in with_kernels]
 
 
-def collected(case: CompileCase, dtype: torch.dtype) -> list[Launch]:
-    """What the case launches in a model of `dtype`."""
-    with use_backend("triton"), collecting() as launches:
+def collected(case: CompileCase, dtype: torch.dtype, processors: int, major: int) -> list[Launch]:
+    """What the case launches in a model of `dtype`, on a GPU of so many multiprocessors and this capability."""
+    with use_backend("triton"), collecting(processors, major) as launches:
         case.run(dtype)
     return launches
+
+
+def _heads(head_dim: int) -> tuple[int, int]:
+    """Query and key/value heads of a layer of this head width, as models have them."""
+    return {64: (32, 8), 96: (32, 32), 128: (32, 8), 256: (16, 4)}[head_dim]
+
+
+def _attention_of(dtype: torch.dtype, head_dim: int, special: bool = False, e4m3: bool = False) -> None:
+    """Training and scoring without pages, then prefill and decode with them; `special` with norms and a window."""
+    kv_dtype = torch.float8_e4m3fn if e4m3 else None
+    spec = AttentionSpec(*_heads(head_dim), head_dim, window=1024 if special else None, kv_dtype=kv_dtype)
+    rope = torch.empty(8192, head_dim)
+    norm = Weight("norm", (head_dim,), dtype, packed=False) if special else None
+    qkv = torch.empty(TOKENS, spec.row_size, dtype=dtype, requires_grad=True)
+    _grads(attention(qkv, spec, rope, AttentionPlan.of_sequences([TOKENS]), q_norm=norm, k_norm=norm), qkv)
+    keys, values = allocate_pages(256, PAGE_SIZE, spec, dtype)
+    for new, context in ((TOKENS, TOKENS), (1, 4096)):
+        plan = AttentionPlan()
+        starts, contexts = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, new], [context]))
+        positions = torch.arange(context - new, context, dtype=torch.int32)
+        plan.build(starts, contexts, positions, torch.zeros(1, context // PAGE_SIZE, dtype=torch.int32), PAGE_SIZE)
+        attention(qkv.detach()[:new], spec, rope, plan, keys, values, norm, norm)
+
+
+def _attention(dtype: torch.dtype) -> None:
+    for head_dim in (64, 96, 128, 256):
+        _attention_of(dtype, head_dim)
+    _attention_of(dtype, 128, special=True)
+
+
+def _attention_e4m3(dtype: torch.dtype) -> None:
+    for head_dim in (128, 256):
+        _attention_of(dtype, head_dim, e4m3=True)
 
 
 def _grads(output: Tensor, *inputs: Tensor) -> None:
@@ -128,6 +165,8 @@ def _rms_norm(dtype: torch.dtype) -> None:
 
 RUN: dict[str, Callable[[torch.dtype], None]] = {
     "adamw": _adamw,
+    "attention": _attention,
+    "attention_e4m3": _attention_e4m3,
     "embedding": _embedding,
     "linear": _linear,
     "rms_norm": _rms_norm,

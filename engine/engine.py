@@ -19,7 +19,7 @@ from engine.kernels.dtypes import KV_DTYPES, MODEL_DTYPES
 from engine.kernels.op import cpu_missing, extension, triton_missing
 from engine.log import logger
 from engine.model import Transformer
-from engine.parallel.collectives import broadcast_object
+from engine.parallel.collectives import all_gather_object, broadcast_object
 from engine.parallel.launch import connects_gpus, local_rank, ranks_on_this_machine
 from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.ranks import Ranks
@@ -70,8 +70,9 @@ class Engine:
         """
         config = config or EngineConfig()
         placement = _placement(config, mesh)
+        device = _device(config, placement.mesh)
         with together(placement.mesh.world):
-            model = _model(read_config(path), config, placement)
+            model = _model(read_config(path), config, placement, device)
             has_tokenizer = (Path(path) / "tokenizer.json").exists()
             tokenizer = Tokenizer.from_pretrained(path) if has_tokenizer else None
         load_weights(path, model)
@@ -89,8 +90,9 @@ class Engine:
         """Random weights, a function of `seed`: those of one model on any mesh. Raises ConfigError, ParallelError."""
         config = config or EngineConfig()
         placement = _placement(config, mesh)
+        device = _device(config, placement.mesh)
         with together(placement.mesh.world):
-            model = _model(model_config, config, placement)
+            model = _model(model_config, config, placement, device)
         model.initialize(seed)
         return cls(model, config, tokenizer)
 
@@ -307,19 +309,29 @@ def _placement(config: EngineConfig, mesh: Mesh | None) -> Placement:
     return Placement(mesh, parallel.chunks_per_stage, parallel.sequence_parallel and mesh.tp.size > 1)
 
 
-def _model(model_config: ModelConfig, config: EngineConfig, placement: Placement) -> Transformer:
+def _device(config: EngineConfig, mesh: Mesh) -> torch.device:
+    """This rank's device, and the ranks' GPUs connected. Raises ConfigError on every rank."""
     dtype, kv_dtype = MODEL_DTYPES[config.dtype], KV_DTYPES[config.kv_dtype]
-    device = choose_device(config.device, dtype, local_rank())
-    check_kernels(device, dtype, kv_dtype)
-    if device.type == "cuda" and placement.mesh.world.size > 1 and not connects_gpus():
-        raise ConfigError(
-            "the program has connected the ranks without NCCL, by which the memory of GPUs travels; leave that to "
-            'the engine, or init_process_group("cpu:gloo,cuda:nccl")'
-        )
+    with together(mesh.world):
+        device = choose_device(config.device, dtype, local_rank())
+        check_kernels(device, dtype, kv_dtype)
+        if device.type == "cuda" and mesh.world.size > 1 and not connects_gpus():
+            raise ConfigError(
+                "the program has connected the ranks without NCCL, by which the memory of GPUs travels; leave that to "
+                'the engine, or init_process_group("cpu:gloo,cuda:nccl")'
+            )
+    kinds = all_gather_object(device.type, mesh.world)
+    if len(set(kinds)) > 1:
+        listed = ", ".join(f"rank {rank} on {kind}" for rank, kind in enumerate(kinds))
+        raise ConfigError(f'the ranks are on devices of different kinds ({listed}); set EngineConfig.device to "cpu"')
     if device.type == "cuda":
-        placement.mesh.links.connect(device)
+        mesh.links.connect(device)
+    return device
+
+
+def _model(model_config: ModelConfig, config: EngineConfig, placement: Placement, device: torch.device) -> Transformer:
     with device:
-        return Transformer(model_config, dtype, placement, kv_dtype)
+        return Transformer(model_config, MODEL_DTYPES[config.dtype], placement, KV_DTYPES[config.kv_dtype])
 
 
 def _set_threads(threads: int) -> None:

@@ -18,7 +18,7 @@ from engine.kernels.attention_pages import ATTENTION_DTYPES, AttentionSpec, allo
 from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.dtypes import TRITON_DTYPES, wide_dtype
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
+from engine.kernels.op import Backend, Op, cpu_backend, cuda_backend, extension, triton_backend
 from engine.kernels.weight import DTYPES, Weight
 
 __all__ = ["AttentionPlan", "AttentionSpec", "allocate_pages", "attention"]
@@ -208,9 +208,13 @@ _TORCH = Backend(
 )
 
 _TRITON = triton_backend("attention", "forward", "backward", dtypes=TRITON_DTYPES)
+# After Triton until a GPU has shown that its bits are Triton's: it serves where `use_backend("cuda")` asks for it.
+_CUDA = cuda_backend("attention", "forward", "backward", dtypes=(torch.bfloat16, torch.float16))
 
-OP = Op("attention", [cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES), _TRITON, _TORCH])
-OP_E4M3 = Op("attention_e4m3", [_TRITON, _TORCH])  # keys and values in float8_e4m3fn
+OP = Op(
+    "attention", [cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES), _TRITON, _CUDA, _TORCH]
+)
+OP_E4M3 = Op("attention_e4m3", [_TRITON, _CUDA, _TORCH])  # keys and values in float8_e4m3fn
 
 
 def _op(spec: AttentionSpec) -> Op:

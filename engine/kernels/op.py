@@ -24,6 +24,13 @@ except ImportError as error:  # no compiler at install: the torch definitions se
     _C_MISSING = f"the C++ extension is not built ({error}); run `make setup` on a machine with g++"
 else:
     _C_MISSING = ""
+try:
+    from engine import _cuda
+except ImportError as error:  # no nvcc at install: Triton's kernels serve a GPU alone
+    _cuda = None  # type: ignore[assignment]
+    _CUDA_MISSING = f"the CUDA extension is not built ({error}); run `make setup` on a machine with nvcc"
+else:
+    _CUDA_MISSING = ""
 
 OPS: dict[str, Op] = {}
 _forced: str | None = None
@@ -42,6 +49,23 @@ def extension() -> ModuleType:
 def cpu_missing() -> str:
     """Why C++ kernels cannot run here; empty when they can."""
     return _C_MISSING
+
+
+def cuda_extension() -> ModuleType:
+    """The compiled CUDA extension. Raises ConfigError when it is not built."""
+    if _cuda is None:
+        raise ConfigError(_CUDA_MISSING)
+    return _cuda
+
+
+def cuda_not_built() -> str:
+    """Why there is no CUDA extension; empty when there is one, with or without a GPU."""
+    return _CUDA_MISSING
+
+
+def cuda_missing() -> str:
+    """Why CUDA kernels cannot run here, beside Triton's; empty when they can."""
+    return _CUDA_MISSING or triton_missing()
 
 
 def cpu_layout() -> bool:
@@ -97,6 +121,17 @@ def triton_backend(module: str, *functions: str, dtypes: Collection[torch.dtype]
     return Backend("triton", every, triton_missing, dtypes=dtypes, devices=("cuda",), proven=False)
 
 
+def cuda_backend(module: str, *functions: str, dtypes: Collection[torch.dtype] = ()) -> Backend:
+    """The backend whose functions are those of engine.kernels.cuda.`module`, which also says what it `missing()`."""
+    where = f"engine.kernels.cuda.{module}"
+    every = {function: lazily(where, function) for function in functions}
+
+    def why_not() -> str:
+        return cuda_missing() or str(lazily(where, "missing")())
+
+    return Backend("cuda", every, why_not, dtypes=dtypes, devices=("cuda",), proven=False)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -142,15 +177,20 @@ class Op:
 
         Raises ConfigError when none can.
         """
-        reasons = []
+        reasons, asked_for = [], self._asked_for()
         for backend in self.backends:
-            if _forced is not None and backend.name != _forced:
-                reasons.append(f"{backend.name}: not the backend asked for ({_forced})")
+            if asked_for is not None and backend.name != asked_for:
+                reasons.append(f"{backend.name}: not the backend asked for ({asked_for})")
             elif reason := backend.refusal(dtype, device):
                 reasons.append(f"{backend.name}: {reason}")
             else:
                 return backend
         raise ConfigError(f"op {self.name} has no backend that can run here: {'; '.join(reasons)}")
+
+    def _asked_for(self) -> str | None:
+        """What `use_backend` names; CUDA's kernels are few and work beside Triton's, which serve the other ops."""
+        few = _forced == "cuda" and all(backend.name != "cuda" for backend in self.backends)
+        return "triton" if few else _forced
 
     def serving(self, tensor: Tensor) -> Backend:
         """The backend for tensors of this dtype and device."""
@@ -164,7 +204,8 @@ class Op:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every op runs on the backend called `name` inside this block; the choice before it comes back after."""
+    """Every op runs on the backend called `name` inside this block ("cuda": or on Triton's, where it has no such
+    backend); the choice before it comes back after."""
     global _forced
     before, _forced = _forced, name
     try:

@@ -104,7 +104,10 @@ def _config(args: argparse.Namespace) -> EngineConfig:
         virtual_stages=args.virtual_stages,
         sequence_parallel=args.sequence_parallel,
     )
-    config = EngineConfig(dtype=args.dtype, parallel=parallel, activation_checkpointing=args.activation_checkpointing)
+    config = EngineConfig(
+        device="cpu" if args.machine == "cpu" else "cuda", dtype=args.dtype, parallel=parallel,
+        activation_checkpointing=args.activation_checkpointing,
+    )  # fmt: skip
     given = {"train_batch_tokens": args.micro_batch_tokens, "kv_tokens": args.kv_tokens}
     return msgspec.structs.replace(config, **{key: value for key, value in given.items() if value is not None})
 

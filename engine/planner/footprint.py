@@ -16,7 +16,7 @@ from engine.config import ModelConfig
 from engine.kernels.attention import AttentionSpec, allocate_pages
 from engine.kernels.dtypes import KV_DTYPES
 from engine.kernels.memory import num_bytes
-from engine.kernels.token_logprob import LOGITS_ELEMENTS
+from engine.kernels.token_logprob import logits_rows
 from engine.kernels.weight import storage_shape
 from engine.planner.share import Share
 
@@ -149,11 +149,12 @@ def working_bytes(share: Share) -> int:
 
 
 def logits_bytes(share: Share) -> int:
-    """Logits on the last stage: a chunk of at most max(16, 16 Mi / V) tokens, 4 + e bytes each (in fp32 4: the gradient
+    """Logits on the last stage: a chunk of at most `logits_rows` tokens, 4 + e bytes each (in fp32 4: the gradient
     takes the logits' place); elsewhere 0."""
     if not share.is_last:
         return 0
-    rows = min(share.T, max(16, LOGITS_ELEMENTS // share.V))
+    device = torch.device("cuda" if share.config.device == "cuda" else "cpu")
+    rows = min(share.T, logits_rows(share.V, device))
     return rows * share.V * (FP32 if share.e == FP32 else FP32 + share.e)
 
 

@@ -122,7 +122,7 @@ def edit_header(path, **changes):
         (lambda path: next(path.glob("*.safetensors")).unlink(), "cannot be read"),
         (lambda path: (path / "state.json").unlink(), "no saved state"),
         (lambda path: (path / "state.json").write_text("{"), "damaged"),
-        (lambda path: edit_header(path, format=1), "format 1; this engine reads format 2"),
+        (lambda path: edit_header(path, format=1), "format 1; this engine reads format 3"),
         (lambda path: edit_header(path, format=99), "format 99"),
         (lambda path: edit_header(path, dtype="bfloat16"), "EngineConfig.dtype"),
         (lambda path: edit_header(path, files=[]), "not complete"),

@@ -21,6 +21,7 @@ from engine.parallel.mesh import Mesh, make_mesh
 from engine.parallel.shards import Placement
 from engine.planner.plan import world_size
 from engine.planner.share import DTYPES, Share
+from engine.side_by_side import SideBySide
 
 
 @contextmanager
@@ -90,13 +91,14 @@ def measure(
         share = Share(model, config, placement, length)
         sequences = [[i % model.vocab_size for i in range(min(length, whole - at))] for at in range(0, whole, length)]
         batch = TokenBatch.lanes(sequences, scattered, mesh.cp, share.context_lanes)
+        lanes = SideBySide(built, share.context_lanes)
         stream = None if share.is_first else torch.randn(share.S, share.D).to(built.dtype).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = built.forward(batch, stream)
+            out = lanes.forward(batch, stream, 0)
             if built.chunks[0].last:
                 choice = choose_rows(torch.arange(whole), batch[0].context)
                 targets, temperature = torch.zeros(share.T, dtype=torch.int32), torch.ones(share.T)
-                predicted = built.token_logprob(choice.take(out), targets, temperature, choice.counts)
+                predicted = lanes.token_logprob(choice.take(out), targets, temperature, choice.counts)
                 out = torch.stack(choice.whole(*predicted))
         forward, sent[0] = sent[0], 0
         out.float().sum().backward()

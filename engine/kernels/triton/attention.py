@@ -32,7 +32,7 @@ Elsewhere both tiles are the same size. No GPU has compared the two yet.
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
 
 import torch
 import triton
@@ -47,11 +47,13 @@ from engine.kernels.triton import rotate
 from engine.kernels.triton.attention_backward import backward
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.attention_work import ITEM, TURN, Tiles, WorkLists
-from engine.kernels.triton.launch import launch
+from engine.kernels.triton.launch import gpu_of, launch
 from engine.kernels.weight import Weight
 
 __all__ = ["attend", "backward", "forward", "tiles_of"]
 
+# (q, keys, values, out, partial sums, partial softmaxes, spec, plan, lists, tiles)
+Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles], None]
 NO_SCORE = tl.constexpr(-1e30)  # the running maximum before the first key
 _ITEM = tl.constexpr(ITEM)
 _TURN = tl.constexpr(TURN)
@@ -61,7 +63,7 @@ _FOLD_PROGRAMS = 528
 def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Tiles:
     """How attention of this shape is cut up on this device. `block_n` and `split` follow from head_dim and dtype."""
     width = triton.next_power_of_2(spec.head_dim)
-    processors, major = _processors(device)
+    processors, major = gpu_of(device)
     if dtype == torch.float32:  # products on the plain cores, whose operands all lie in registers
         block_m, block_n = (64, 32) if width <= 64 else (32, 32 if width <= 128 else 16)
         return Tiles(
@@ -82,15 +84,6 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     )  # fmt: skip
 
 
-@cache
-def _processors(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and the major compute capability; those of an H200 where there is no GPU."""
-    if device.type != "cuda":
-        return 132, 9
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major
-
-
 def forward(
     qkv: Tensor,
     kv: Tensor | None,
@@ -103,11 +96,12 @@ def forward(
     k_norm: Weight | None,
     want_lse: bool,
     tiles: Tiles | None = None,
+    decode: Decode | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `engine.kernels.attention.attention`: the output [T, H Dh], and lse fp32 [T, H] where it is wanted.
 
     lse[t, h] = log2 of the sum over the keys that row t sees of exp(scale q.k), a logarithm to base 2. `tiles` is for
-    tests that want several splits of a short sequence.
+    tests that want several splits of a short sequence, and for another `decode` than Triton's.
     """
     on_device = plan.on_device(qkv.device)
     _check(qkv, keys, rope, on_device)
@@ -116,7 +110,7 @@ def forward(
     q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, keys, values, q_norm, k_norm)
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype, qkv.device)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32, qkv.device) if want_lse else None
-    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None)
+    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None, decode=decode)
     return out, lse
 
 
@@ -130,8 +124,11 @@ def _check(qkv: Tensor, keys: Tensor | None, rope: Tensor, plan: DevicePlan) -> 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spec: AttentionSpec, plan: DevicePlan,
-           lists: WorkLists, tiles: Tiles, paged: bool) -> None:  # fmt: skip
-    """Fills `out` and `lse` from rotated queries [T, H, Dh] and keys and values, in pages or as [T_kv, K, Dh]."""
+           lists: WorkLists, tiles: Tiles, paged: bool, decode: Decode | None = None) -> None:  # fmt: skip
+    """Fills `out` and `lse` from rotated queries [T, H, Dh] and keys and values, in pages or as [T_kv, K, Dh].
+
+    `decode` does what is left after the tiles of `block_m` rows: `lists.decode`, then the fold.
+    """
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     partials = tiles.partials if plan.fixed else lists.num_partials
     sums = empty((partials, H, dim), torch.float32, q.device)
@@ -147,6 +144,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
         (lists.decode, lists.num_decode, tiles.decode_m, tiles.decode_warps, tiles.decode_stages,
          tiles.decode_programs),
     )):  # fmt: skip
+        if place == 1 and decode is not None:
+            decode(q, k, v, out, sums, softmaxes, spec, plan, lists, tiles)
+            return
         if number or plan.fixed:
             launch(
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,21 +41,36 @@ class Launch:
 
 
 _collected: list[Launch] | None = None
+_absent_gpu = (132, 9)  # multiprocessors and major compute capability where there is no GPU: those of an H200
 
 
 @contextmanager
-def collecting() -> Iterator[list[Launch]]:
+def collecting(processors: int = 132, major: int = 9) -> Iterator[list[Launch]]:
     """Launches inside this block are noted down and not run; ops take CPU tensors, whose results stay uninitialised.
 
-    So what is compiled ahead of time is what would be launched, tiles and all. Not under the interpreter.
+    So what is compiled ahead of time is what would be launched, tiles and all, on a GPU of so many multiprocessors and
+    this major compute capability. Not under the interpreter.
     """
-    global _collected
-    before, _collected = _collected, []
+    global _collected, _absent_gpu
+    before, gpu_before = _collected, _absent_gpu
+    _collected, _absent_gpu = [], (processors, major)
     try:
         with triton_without_gpu():
             yield _collected
     finally:
-        _collected = before
+        _collected, _absent_gpu = before, gpu_before
+
+
+def gpu_of(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and major compute capability of a device; where it is no GPU, of the one that `collecting` is
+    for, or an H200's."""
+    return _present_gpu(device) if device.type == "cuda" else _absent_gpu
+
+
+@cache
+def _present_gpu(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
 
 
 def launch(
