@@ -27,7 +27,7 @@ def run(*options: str) -> tuple[int, Any, str]:
 
 
 def _is_jitted(function: ast.FunctionDef) -> bool:
-    return "triton.jit" in map(ast.unparse, function.decorator_list)
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def launched_kernels() -> set[str]:

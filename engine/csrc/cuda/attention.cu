@@ -1,5 +1,5 @@
 // Paged decode attention: a tile of up to 16 (token, query head) rows that share a key/value head, against that head's
-// keys and values, N = 128 at a time (64 where heads are wider than 128).
+// keys and values, N = 64 at a time (128 where heads are no wider than 64), as Triton's walk takes them.
 //
 //            4 warps share the keys of a tile        every warp has every row        4 warps share the columns
 //   q [16, Dh] --- S = q k^T [16, N], by N / 4    --- softmax over S, in shared --- o += P V [16, Dh], by Dh / 4
@@ -7,18 +7,15 @@
 //
 // A row of S lies with the same four threads in all warps, so that each warp has the probabilities it multiplies by V
 // in the registers that the matrix instruction wants them in, and nothing but S crosses between warps. Each warp takes
-// the same exponentials: 4 x 16 x 128 of them in a tile are 512 cycles of the special function units.
+// the same exponentials: 4 x 16 x N of them in a tile are 4 N cycles of the special function units.
 //
-// Bytes: a tile of keys and values is 128 x Dh x 2 x 2 bytes, 64 KiB at Dh = 128 in bf16, for 4 x 16 x 128 x Dh
-// operations, 16 a byte: memory is the limit as long as the rest is hidden behind it. An H200 moves 4.3 TB/s, which is
-// 32 KiB per microsecond and multiprocessor; latency under load is near one microsecond, so 32 KiB have to be under way
-// at all times. At Dh = 128 one block of two stages, 144 KiB of shared memory, has a multiprocessor to itself: while a
-// tile is computed, the values of the next and the keys of the next two, 96 KiB, are under way. (At 64 and 96 two
-// blocks share one; at 256 a tile is 64 keys and as many bytes.) A tile arrives in two microseconds, 3,500 cycles; to
-// compute it takes about 1,800: 32 matrix instructions of a warp for S and 32 for P V, some 500 instructions of a thread
-// for the softmax and two barriers. Beside keys and values a batch moves its queries and outputs, 1 / context of that,
-// and partial results: 4 (Dh + 2) bytes a row and split of 512 keys, written and read, 3% of a split's bytes at 8 rows a
-// head. So 85% of the bandwidth is what this should reach. No GPU has run it yet.
+// Bytes: a tile of keys and values is N x Dh x 2 x 2 bytes, 32 KiB in bf16 at any of these widths but 96 and 256, for
+// 4 x 16 x N x Dh operations, 16 a byte: memory is the limit as long as the rest is hidden behind it. An H200 moves
+// 4.3 TB/s, which is 32 KiB per microsecond and multiprocessor; latency under load is near one microsecond, so 32 KiB
+// have to be under way at all times: while a tile is computed, the values of the next and the keys of the next two are,
+// 48 KiB for each block that a multiprocessor holds. Beside keys and values a batch moves its queries and outputs,
+// 1 / context of that, and partial results: 4 (Dh + 2) bytes a row and split of 512 keys, written and read, 3% of a
+// split's bytes at 8 rows a head. So 85% of the bandwidth is what this should reach. No GPU has run it yet.
 //
 // Arithmetic: that of engine/kernels/triton/attention.py on compute capability 9, operation by operation, contracted
 // only where the source says __fmaf_rn (-fmad=false). The probabilities of a row are added up as Triton adds up what a
@@ -47,7 +44,7 @@ constexpr int kTurn = 3;          // numbers of a token to fold
 constexpr int kMaxDevices = 64;
 constexpr float kNoScore = -1e30f;  // the running maximum before the first key
 
-constexpr int keys_of_tile(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
+constexpr int keys_of_tile(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 
 template <class T, class Page, int DIM>
 struct Shape {

@@ -93,12 +93,12 @@ def launch(
 def _noted(
     kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int, num_stages: int
 ) -> Launch:
-    """As Triton's own launcher would specialise it: None and 1 are constants, and divisibility by 16 is known, but of
-    what the kernel says is not to be specialised."""
+    """As Triton's own launcher would specialise it: None and 1 are constants, and divisibility by 16 is known."""
     signature, values, divisible = {}, dict(constants), set()
-    general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    unspecialised = {each.name for each in getattr(kernel, "params", ()) if each.do_not_specialize}
     for name, value in zip(kernel.arg_names, arguments, strict=False):
-        if value is None or (type(value) is int and value == 1 and name not in general):
+        one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if value is None or (one and name not in unspecialised):
             values[name] = value
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
@@ -108,7 +108,7 @@ def _noted(
             signature[name] = "i1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in general:
+            if value % 16 == 0 and name not in unspecialised:
                 divisible.add(name)
         else:
             signature[name] = "fp32"

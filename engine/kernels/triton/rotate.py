@@ -40,25 +40,34 @@ def forward(
     q_rows, kv_rows = aligned(qkv), aligned(kv if kv is not None else qkv)
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     q = empty((qkv.shape[0], H, dim), qkv.dtype, qkv.device)
-    if keys is None or values is None:
-        keys = empty((kv_rows.shape[0], K, dim), qkv.dtype, qkv.device)
-        values = empty((kv_rows.shape[0], K, dim), qkv.dtype, qkv.device)
-        page, strides = 0, (0, dim, K * dim)
-    else:
-        page = plan.page_size
-        strides = (K * page * dim, page * dim, dim)
+    e4m3 = spec.kv_dtype is not None
+    page, strides = plan.page_size, (K * plan.page_size * dim, plan.page_size * dim, dim)
+    k, v, k_page, k_strides = keys, values, page, strides
+    if k is None or v is None or e4m3:
+        k, v = (empty((kv_rows.shape[0], K, dim), qkv.dtype, qkv.device) for _ in range(2))
+        k_page, k_strides = 0, (0, dim, K * dim)
     shape = {"DIM": dim, "HALF": triton.next_power_of_2(dim // 2), "ROWS": _ROWS}
-    norms = (None if norm is None else norm.data for norm in (q_norm, k_norm))
-    q_norm_data, k_norm_data = norms
+    q_norm_data, k_norm_data = (None if norm is None else norm.data for norm in (q_norm, k_norm))
     launch(
         _write_queries, (triton.cdiv(qkv.shape[0] * H, _ROWS),), q_rows, q_rows.stride(0), q_norm_data, rope,
         plan.query_positions, plan.counts, qkv.shape[0], q, spec.eps, NUM_HEADS=H, **shape,
     )  # fmt: skip
     launch(
         _write_keys, (triton.cdiv(kv_rows.shape[0] * K, _ROWS),), kv_rows if apart else kv_rows[:, H * dim :],
-        kv_rows.stride(0), k_norm_data, rope, plan.key_positions, plan.slots, plan.counts, kv_rows.shape[0], keys,
-        values, spec.eps, *strides, NUM_HEADS=K, PAGE=page, E4M3=spec.kv_dtype is not None, **shape,
+        kv_rows.stride(0), k_norm_data, rope, plan.key_positions, plan.slots, plan.counts, kv_rows.shape[0], k, v,
+        spec.eps, *k_strides, NUM_HEADS=K, PAGE=k_page, E4M3=e4m3, **shape,
     )  # fmt: skip
+    if keys is None or values is None:
+        return q, k, v
+    if e4m3:
+        # A kernel of its own: stores of one byte would have the rows of the other dealt to fewer threads, and their
+        # sums would go another way than without pages.
+        for rows, pages in ((k, keys), (v, values)):
+            launch(
+                _to_pages, (triton.cdiv(kv_rows.shape[0] * K, _ROWS),), rows, pages, plan.slots, plan.counts,
+                kv_rows.shape[0], *strides, NUM_HEADS=K, PAGE=page, DIM=dim, PADDED=triton.next_power_of_2(dim),
+                ROWS=_ROWS,
+            )  # fmt: skip
     return q, keys, values
 
 
@@ -109,6 +118,22 @@ def _write_keys(
     at += NUM_HEADS * DIM
     _store(values + to, tl.load(at, mask=inside, other=0.0), inside, E4M3)
     _store(values + to + DIM // 2, tl.load(at + DIM // 2, mask=inside, other=0.0), inside, E4M3)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _to_pages(
+    rows, pages, slots, counts, num_tokens, page_stride, head_stride, slot_stride,
+    NUM_HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, head = row // NUM_HEADS, row % NUM_HEADS
+    here = (token < tl.load(counts + 1)) & (token < num_tokens)
+    columns = tl.arange(0, PADDED)
+    inside = here[:, None] & (columns < DIM)[None]
+    slot = tl.load(slots + token, mask=here, other=0)
+    start = (slot // PAGE).to(tl.int64) * page_stride + slot % PAGE * slot_stride + head * head_stride
+    x = tl.load(rows + row.to(tl.int64)[:, None] * DIM + columns[None], mask=inside, other=0.0)
+    tl.store(pages + start[:, None] + columns[None], x.to(tl.float32).to(pages.dtype.element_ty), mask=inside)
 
 
 @triton.jit
