@@ -59,8 +59,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What the compiler made of a job. `wgmma` and `tcgen05` say whether these matrix instructions are in it; `spills`
-    are bytes that a thread stores and loads because registers ran out; `error` is why there is no kernel."""
+    """What the compiler made of a job. `wgmma` and `tcgen05` say whether these matrix instructions are in it,
+    `serialized` whether ptxas had to wait after each wgmma, which may halve the speed of a product; `spills` are bytes
+    that a thread stores and loads because registers ran out; `error` is why there is no kernel."""
 
     kernel: str
     op: str
@@ -75,6 +76,7 @@ class Record:
     shared_bytes: int = 0
     tensor_columns: int = 0
     wgmma: bool = False
+    serialized: bool = False
     tcgen05: bool = False
     error: str = ""
 
@@ -85,6 +87,8 @@ class Record:
             return f"does not compile: {self.error}"
         if self.spills > MAY_SPILL.get(self.kernel, 0):
             return f"spills {self.spills} bytes a thread; smaller tiles or more warps need fewer registers"
+        if self.serialized:
+            return "waits after each wgmma (ptxas C7510 to C7515): something else writes to the registers of the sum"
         if self.shared_bytes > SHARED_LIMIT:
             return f"wants {self.shared_bytes} bytes of shared memory; a block has {SHARED_LIMIT}: take fewer stages"
         if self.tensor_columns > TENSOR_LIMIT:
@@ -136,6 +140,7 @@ def compile_job(job: Job) -> Record:
         shared_bytes=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         wgmma="wgmma.mma_async" in ptx,
+        serialized="wgmma.mma_async instructions are serialized" in report,
         tcgen05="tcgen05.mma" in ptx,
     )
 

@@ -96,7 +96,8 @@ def test_one_crash_leaves_the_other_kernels_their_records(planted: tuple[int, An
 
 
 @pytest.mark.parametrize(
-    "fault", [{}, {"error": "no"}, {"spills": 4}, {"shared_bytes": 232449}, {"tensor_columns": 513}]
+    "fault",
+    [{}, {"error": "no"}, {"spills": 4}, {"serialized": True}, {"shared_bytes": 232449}, {"tensor_columns": 513}],
 )
 def test_any_fault_is_one(fault: dict[str, Any]) -> None:
     from benchmarks.compile import Record
