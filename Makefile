@@ -62,7 +62,7 @@ gpu:
 	@$(PYTHON) setup.py --quiet build_ext --inplace
 
 test-gpu: gpu
-	@$(PYTHON) -m pytest tests/kernels/triton tests/kernels/cuda tests/test_exactness.py
+	@$(PYTHON) -m tests.on_gpu tests/test_exactness_cuda.py tests/kernels/triton tests/kernels/cuda
 	@! command -v compute-sanitizer >/dev/null || \
 		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
 
