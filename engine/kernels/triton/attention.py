@@ -74,12 +74,12 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
             return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
         block_n = 128 if width <= 64 else 64  # more would leave no room for the two sums of 128 columns
         return Tiles(
-            128, 64, block_n, warps=8, stages=3, paged_stages=2,
-            programs=processors, decode_programs=2 * processors,
-        )  # fmt: skip
-    block_n, stages = (64, 2) if width <= 128 else (32, 1)
+            128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors
+        )
+    # A stage fewer where a block has 100 KB: loads that are issued at the end of a tile are then waited for at once.
+    block_n, stages = (64, 3 if major == 10 else 2) if width <= 128 else (32, 1)
     return Tiles(
-        64, 64, block_n, warps=8, decode_warps=8, stages=stages, paged_stages=stages, decode_stages=stages,
+        64, 64, block_n, warps=8, decode_warps=8, stages=stages, decode_stages=stages,
         programs=processors, decode_programs=processors,
     )  # fmt: skip
 
@@ -138,9 +138,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
     else:
         strides = (0, dim, K * dim)
     shape = {"GROUP": H // K, "KV_HEADS": K, "DIM": dim, "PADDED": triton.next_power_of_2(dim)}
-    walk_stages = tiles.paged_stages if paged else tiles.stages
     for place, (items, number, block, warps, stages, programs) in enumerate((
-        (lists.walk, lists.num_walk, tiles.block_m, tiles.warps, walk_stages, tiles.programs),
+        (lists.walk, lists.num_walk, tiles.block_m, tiles.warps, tiles.stages, tiles.programs),
         (lists.decode, lists.num_decode, tiles.decode_m, tiles.decode_warps, tiles.decode_stages,
          tiles.decode_programs),
     )):  # fmt: skip
@@ -183,6 +182,18 @@ def _finish(run_max, run_sum, run_acc):
     return run_acc * tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)[:, None] + 0.0, run_max + tl.log2(divisor)
 
 
+@triton.jit
+def _pages(table, tile, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each key of the tile that begins at key `tile`, or of the whole tile where it lies in one page: the
+    lower and the upper half of its number. Loads of 32 bits would go through shared memory in the compiler's pipeline,
+    a stage or two before those of keys and values, which would then have none left."""
+    key = tile
+    if PAGE % BLOCK_N != 0:
+        key = tile + tl.arange(0, BLOCK_N)
+    halves = table.to(tl.pointer_type(tl.uint16), bitcast=True) + key // PAGE * 2
+    return tl.load(halves, mask=key < key_end, other=0), tl.load(halves + 1, mask=key < key_end, other=0)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
     q, k, v, out, lse, sums, softmaxes, items, counts, tables, last_keys, num_tokens, factor, window,
@@ -211,6 +222,8 @@ def _attend(
         run_sum = tl.zeros([BLOCK_M], tl.float32)
         run_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
         part_max, part_sum, part_acc = run_max, run_sum, run_acc
+        if PAGE:
+            low, high = _pages(tables + table, key_begin, key_end, PAGE, BLOCK_N)
         for tile in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
             if (
                 FOLDS and tile % SPLIT == 0
@@ -221,12 +234,10 @@ def _attend(
                 part_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
             key = tile + tl.arange(0, BLOCK_N)
             present = key < key_end
-            if PAGE and PAGE % BLOCK_N == 0:  # a tile lies in one page
-                page = tl.load(tables + table + tile // PAGE).to(tl.int64)
-                start = page * page_stride + key % PAGE * slot_stride
-            elif PAGE:
-                page = tl.load(tables + table + key // PAGE, mask=present, other=0).to(tl.int64)
-                start = page * page_stride + key % PAGE * slot_stride
+            if PAGE:  # loaded a tile before: the loads of keys and values need not wait for them
+                page = low.to(tl.int32) | (high.to(tl.int32) << 16)
+                start = page.to(tl.int64) * page_stride + key % PAGE * slot_stride
+                low, high = _pages(tables + table, tile + BLOCK_N, key_end, PAGE, BLOCK_N)
             else:
                 start = (table + key) * slot_stride
             at = (start + head * head_stride)[:, None] + columns[None]

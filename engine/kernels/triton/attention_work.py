@@ -33,9 +33,9 @@ class Tiles:
     `block_m` rows against `block_n` keys at a time. `split` keys, a multiple of block_n, are summed on their own before
     they are folded into what came before. Sequences of no more than `decode_m` rows (new tokens times query heads per
     key/value head) go in tiles of that many. No more than `partials` (token, split) pairs have results that go through
-    memory: 136 MB at 32 heads of 128 columns. `warps` and `stages` are Triton's for tiles of
-    block_m rows (`paged_stages` where page tables are read before pages), `decode_warps` and `decode_stages` for the
-    others; `programs` and `decode_programs` those of a launch, which share out its items.
+    memory: 136 MB at 32 heads of 128 columns. `warps` and `stages` are Triton's for tiles of block_m rows,
+    `decode_warps` and `decode_stages` for the others; `programs` and `decode_programs` those of a launch, which share
+    out its items.
     """
 
     block_m: int
@@ -45,7 +45,6 @@ class Tiles:
     warps: int = 4
     decode_warps: int = 4
     stages: int = 2
-    paged_stages: int = 3
     decode_stages: int = 2
     programs: int = 132
     decode_programs: int = 264
