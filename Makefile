@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find engine/csrc -type f)
 RECOMPILE := $(if $(wildcard engine/_C*.so),,again)
 MODELS ?= llama-110m
 
-.PHONY: setup test demo lint bench clean again compile-gpu test-gpu gpu
+.PHONY: setup test demo lint bench clean again compile-gpu test-gpu bench-gpu gpu
 
 setup: $(VENV)/extension.stamp
 
@@ -62,9 +62,13 @@ gpu:
 	@$(PYTHON) setup.py --quiet build_ext --inplace
 
 test-gpu: gpu
-	@$(PYTHON) -m pytest tests/kernels/triton tests/kernels/cuda tests/test_exactness.py
+	@$(PYTHON) -m tests.on_gpu tests/test_exactness_cuda.py tests/kernels/triton tests/kernels/cuda
 	@! command -v compute-sanitizer >/dev/null || \
 		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
+
+# Every op at the shapes of an 8B model, beside the best that torch has, into benchmarks/results/<gpu>.md.
+bench-gpu: gpu
+	@$(PYTHON) -m benchmarks --device cuda --models llama-8b --only kernels
 
 clean:
 	rm -rf $(VENV) build *.egg-info engine/_C*.so engine/_cuda*.so

@@ -17,44 +17,11 @@ from hypothesis import strategies as st
 from engine import Engine, EngineConfig, Sample, SamplingParams
 from engine.kernels.op import extension, isas, use_isa
 from engine.model import Transformer
+from tests.exactness import assert_exact, engine_of, prompts_of
 from tests.tiny import FAMILIES, tiny_config
 
 DTYPES = ("float32", "bfloat16")
-
-
-@functools.cache
-def make(architecture: str = "LlamaForCausalLM", dtype: str = "bfloat16", **config) -> Engine:
-    overrides = {"kv_tokens": 2048, "max_batch_tokens": 256, "max_seqs": 32, **config}
-    return Engine.from_config(tiny_config(architecture, initializer_range=0.2), EngineConfig(dtype=dtype, **overrides))
-
-
-def prompts_of(lengths: list[int], shared: int = 0) -> list[list[int]]:
-    """One prompt per length; all begin with the same `shared` tokens."""
-    generator = torch.Generator().manual_seed(sum(lengths) + shared)
-    head = torch.randint(3, 300, (shared,), generator=generator).tolist()
-    return [head + torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
-
-
-def first_difference(a: torch.Tensor, b: torch.Tensor) -> str:
-    index = int((a != b).nonzero()[0])
-    return f"token {index}: sampled {a[index].item()!r}, trained {b[index].item()!r}"
-
-
-def assert_exact(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[list[int]]]:
-    """Samples, scores and trains on the same tokens; all three must agree to the bit. Returns the tokens."""
-    results = engine.generate(prompts, params)
-    pairs = [(p, c) for p, row in zip(prompts, results, strict=True) for c in row]
-    heat = params.temperature or 1.0
-    scores = engine.score([p + c.token_ids for p, c in pairs], temperature=heat)
-    for (prompt, completion), score in zip(pairs, scores, strict=True):
-        trained = score[len(prompt) - 1 :]
-        assert torch.equal(completion.logprobs, trained), first_difference(completion.logprobs, trained)
-    samples = [Sample.from_completion(p, c, temperature=heat) for p, c in pairs]
-    stats = engine.forward_backward(samples, "sft")
-    assert stats.max_abs_logprob_difference == 0.0
-    for weight in engine.model.weights():
-        weight.zero_grad()
-    return [[c.token_ids for c in row] for row in results]
+make = functools.partial(engine_of, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,7 +128,8 @@ def test_any_number_of_threads_gives_the_same_bits():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_after_optimizer_steps_with_a_tiny_pool(dtype):
     engine = Engine.from_config(
-        tiny_config(initializer_range=0.1), EngineConfig(dtype=dtype, kv_tokens=192, max_batch_tokens=40, max_seqs=8)
+        tiny_config(initializer_range=0.1),
+        EngineConfig(dtype=dtype, device="cpu", kv_tokens=192, max_batch_tokens=40, max_seqs=8),
     )
     prompts = prompts_of([20, 33], shared=16)
     for step in range(10):

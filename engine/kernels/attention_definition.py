@@ -63,12 +63,12 @@ def _definition(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tenso
             sequence_k, sequence_v = read_pages(keys, values, pages, context, spec, kv_plan.page_size)
         own = (at >= begin) & (at < end)
         query = (at[own] - end + context)[:, None]
-        key = torch.arange(sequence_k.shape[0])[None]
+        key = torch.arange(sequence_k.shape[0], device=at.device)[None]
         visible = (key <= query) & (key > query - (spec.window or context + 1))
         repeats = spec.num_heads // spec.num_kv_heads
         sequence_k, sequence_v = (x.repeat_interleave(repeats, 1) for x in (sequence_k, sequence_v))
         scores = torch.einsum("qhd,khd->hqk", q[own], sequence_k) * spec.scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(~visible.to(scores.device), float("-inf")).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, sequence_v))
     return torch.cat(outs).flatten(1).to(dtype)
 

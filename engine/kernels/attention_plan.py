@@ -42,11 +42,10 @@ class AttentionPlan:
     @classmethod
     def of_sequences(cls, lengths: Sequence[int], device: torch.device = CPU) -> AttentionPlan:
         """The plan of whole sequences, packed end to end, positions from 0, without a cache."""
-        sizes = torch.tensor(lengths, dtype=torch.int32)
-        starts = torch.zeros(len(sizes) + 1, dtype=torch.int32)
-        torch.cumsum(sizes, 0, out=starts[1:])
+        sizes = np.array(lengths, dtype=np.int32)
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
         plan = cls(device=device)
-        plan.build(starts, sizes, torch.cat([torch.arange(0), *map(torch.arange, lengths)]).int())
+        plan.build(starts, sizes, np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], sizes))
         return plan
 
     @property
@@ -121,6 +120,8 @@ class AttentionPlan:
         """The plan as the kernels of that device read it, up to date. Made once for each device."""
         from engine.kernels.triton.attention_plan import DevicePlan
 
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # one device, one name
         if device not in self._on_device:
             self._on_device[device] = DevicePlan(self, device)
         self._on_device[device].upload(self)
@@ -129,13 +130,14 @@ class AttentionPlan:
     def rows(self) -> Tensor:
         """Which row of `kv_plan` each query is, int64 [T]."""
         if self._kv_plan is None:
-            return torch.arange(self.num_tokens)
+            return torch.arange(self.num_tokens, device=CPU)
         begins, ends = self.begins.tolist(), self.ends.tolist()
-        return torch.cat([torch.arange(0), *(torch.arange(b, e) for b, e in zip(begins, ends, strict=True))])
+        runs = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        return torch.from_numpy(np.concatenate([np.arange(0), *runs]))
 
 
 def _int32(values: Tensor | np.ndarray, name: str, dims: int) -> Tensor:
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if tensor.dtype != torch.int32 or tensor.dim() != dims:
         raise InputError(f"{name} is {tensor.dtype} of {tensor.dim()} dimensions; the plan takes torch.int32 of {dims}")
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

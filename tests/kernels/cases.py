@@ -26,7 +26,7 @@ def weight_of(values: Tensor, dtype: torch.dtype, packed: bool = False) -> Weigh
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), device="cpu") * scale
 
 
 @contextmanager
@@ -45,9 +45,9 @@ def grad_of(tensor: Tensor | Weight) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value."""
-    difference = (actual.double() - expected.double()).abs()
-    return float(difference.max() / expected.double().abs().max().clamp_min(1e-30))
+    """Largest difference over the largest expected value, wherever the two lie."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, ulps: float = 2.0) -> None:

@@ -64,7 +64,7 @@ def _statistics(
         tl.store(to + 3 + i, z.to(tl.float64), mask=i < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # a 1 would be a constant, which has no type to convert
 def _fold(statistics, logprobs, entropy, stats, shards, rows, count, TARGETS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     width = 3 + count

@@ -32,8 +32,9 @@ def decoded(backend: str, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
     plan = plan_of([1, 1, 3, 1], contexts, tables_of(contexts, torch.randperm(PAGES, generator=generator).tolist()))
     rope = rope_table(spec.head_dim, 1e4, None, max(contexts)).cuda()
     qkv = randn(6, spec.row_size).to("cuda", dtype)
-    with torch.device("cuda"), use_backend(backend):
-        keys, values = allocate_pages(PAGES, 16, spec, dtype)
+    with use_backend(backend):
+        with torch.device("cuda"):
+            keys, values = allocate_pages(PAGES, 16, spec, dtype)
         for pool, seed in ((keys, 1), (values, 2)):
             pool.copy_(randn(*pool.shape, seed=seed).to("cuda", dtype).to(pool.dtype))
         return attention(qkv, spec, rope, plan, keys, values)

@@ -16,7 +16,7 @@ from engine.kernels.swiglu import swiglu
 from tests.kernels.cases import randn
 from tests.kernels.cuda.cases import decoded, tables_of
 from tests.kernels.test_attention import plan_of
-from tests.kernels.triton.cases import needs_triton
+from tests.kernels.triton.cases import DEVICE, needs_triton
 
 pytestmark = [needs_triton, pytest.mark.skipif(bool(cuda_not_built()), reason=cuda_not_built() or "built")]
 GPU = torch.cuda.is_available()
@@ -85,18 +85,16 @@ def test_it_is_given_tiles_of_at_most_16_rows_and_triton_the_rest(monkeypatch: p
     monkeypatch.setattr(cuda_attention, "decode", lambda *arguments: given.append(arguments))
     lengths = [1, 4, 30]  # 4, 16 and 120 rows of a key/value head
     plan = plan_of(lengths, [20, 30, 30], tables_of([20, 30, 30], list(range(6))))
-    with use_backend("triton"):
+    with use_backend("triton"), torch.device(DEVICE):
         keys, values = allocate_pages(6, 16, SPEC, torch.float32)
-    qkv = randn(sum(lengths), SPEC.row_size)
-    out, _ = cuda_attention.forward(
-        qkv, None, SPEC, rope_table(64, 1e4, None, 64), plan, keys, values, None, None, False
-    )
+    qkv, rope = randn(sum(lengths), SPEC.row_size).to(DEVICE), rope_table(64, 1e4, None, 64).to(DEVICE)
+    out, _ = cuda_attention.forward(qkv, None, SPEC, rope, plan, keys, values, None, None, False)
     ((q, *_, lists, tiles),) = given
     assert tuple(q.shape) == (35, 8, 64) and tiles.decode_m == 16
     items = lists.decode[: 8 * lists.num_decode].view(-1, 8)
     assert sorted(items[:, 1].tolist()) == [4, 16] and lists.num_walk > 0
     with use_backend("triton"):
-        expected = attention(qkv, SPEC, rope_table(64, 1e4, None, 64), plan, keys, values)
+        expected = attention(qkv, SPEC, rope, plan, keys, values)
     assert torch.equal(out[5:], expected[5:])  # Triton's share; the rows before are the decode's to fill
 
 
