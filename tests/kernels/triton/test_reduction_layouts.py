@@ -101,7 +101,7 @@ for dim, window, kv_dtype in ((64, None, None), (128, None, None), (128, 700, No
         found.setdefault(f"{noted.name} {dim} {window} {kv_dtype}", []).append([reduced, dots])
 with use_backend("triton"), collecting() as launches:
     weight = Weight("matrix", (4096, 4096), torch.bfloat16, packed=True)
-    for rows in (4096, 512, 32, 1):
+    for rows in (4096, 1536, 512, 32, 1):
         linear(torch.empty(rows, 4096, dtype=torch.bfloat16), weight)
         linear(torch.empty(rows, 4096, dtype=torch.bfloat16), weight, out_dtype=torch.float32)
 for noted in launches:
@@ -189,4 +189,4 @@ def test_every_width_of_the_matmul_adds_the_same_terms_with_each_instruction(
         assert len(dots) == 1 and _within_a_row(dots[0])[0] == "1"
         assert [depth for _, depth in instructions] == ["16"] * 4
         widths.add(instructions[0][0])
-    assert widths == {"128", "64", "32"}
+    assert widths == {"256", "128", "64", "32"}
