@@ -58,7 +58,8 @@ def test_peer_in_the_same_run_gets_a_ratio(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_kernels_covers_every_op(capsys: pytest.CaptureFixture[str]) -> None:
-    import_module("benchmarks.kernels").main(QUICK)
+    # float32: where Triton is interpreted it serves e4m3 pages, and has no bf16 matrix products
+    import_module("benchmarks.kernels").main([*QUICK, "--dtype=float32"])
     result = last_line(capsys)
     measured = {row["op"].split()[0].split("_grad")[0] for row in result["rows"]}
     from engine.kernels.op import OPS
