@@ -76,10 +76,10 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
         return Tiles(
             128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors
         )
-    # A stage fewer where a block has 100 KB: loads that are issued at the end of a tile are then waited for at once.
-    block_n, stages = (64, 3 if major == 10 else 2) if width <= 128 else (32, 1)
+    block_n, stages = (64, 2) if width <= 128 else (32, 1)
+    decode_stages = 3 if major == 10 and width <= 128 else stages  # on others a block may have no more than 100 KB
     return Tiles(
-        64, 64, block_n, warps=8, decode_warps=8, stages=stages, decode_stages=stages,
+        64, 64, block_n, warps=8, decode_warps=8, stages=stages, decode_stages=decode_stages,
         programs=processors, decode_programs=processors,
     )  # fmt: skip
 
