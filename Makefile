@@ -60,6 +60,10 @@ gpu:
 	@$(PYTHON) -c 'import torch, triton, msgspec, pybind11, pytest, sys; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "error: $(PYTHON) needs a GPU, and torch, triton, msgspec, pybind11 and pytest (make PYTHON=...)"; exit 1; }
 	@$(PYTHON) setup.py --quiet build_ext --inplace
+	@$(PYTHON) -c 'from engine.kernels.op import cpu_missing, cuda_not_built; \
+		print("gpu:", cpu_missing() or "the C++ kernels are ready"); print("gpu:", cuda_not_built() or "the CUDA kernels are ready")'
+	@$(PYTHON) -c 'import sys, torch, triton; \
+		print("gpu:", torch.cuda.get_device_name(), "torch", torch.__version__, "Triton", triton.__version__, sys.version.split()[0])'
 
 test-gpu: gpu
 	@$(PYTHON) -m tests.on_gpu tests/test_exactness_cuda.py tests/kernels/triton tests/kernels/cuda

@@ -40,6 +40,7 @@ class Engine:
 
     `generate`, `stream`, `score` and `forward_backward` run the same forward on the same weights, so
     `Completion.logprobs` equals what `score` returns and what the first `forward_backward` after it sees, to the bit.
+    Inside `torch.inference_mode()` it works as outside: what it makes may be written to by a later call anywhere.
     Not thread-safe: call it from one thread. Under torchrun every rank makes the same calls with the same arguments
     and gets the whole result; `EngineConfig.parallel` says how they share the work.
     """
@@ -62,6 +63,7 @@ class Engine:
     # ---- making one ----
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None, mesh: Mesh | None = None) -> Engine:
         """A Hugging Face directory: `config.json`, one or many `.safetensors`, and `tokenizer.json` if there is one.
 
@@ -79,6 +81,7 @@ class Engine:
         return cls(model, config, tokenizer)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_config(
         cls,
         model_config: ModelConfig,
@@ -107,6 +110,7 @@ class Engine:
 
     # ---- sampling ----
 
+    @torch.inference_mode(False)
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[list[Completion]]:
@@ -120,6 +124,7 @@ class Engine:
         call = self._call("generate", prompts, params)
         return self.service.generate(call)
 
+    @torch.inference_mode(False)
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Stream:
@@ -138,6 +143,7 @@ class Engine:
 
     # ---- training ----
 
+    @torch.inference_mode(False)
     def score(self, sequences: Sequence[Prompt], temperature: float = 1.0) -> list[torch.Tensor]:
         """log p of each token after the first, by the training forward: float32 [len - 1] each (float64 where
         the engine computes in it).
@@ -147,6 +153,7 @@ class Engine:
         self.mesh.agree("score", list(sequences), temperature)
         return self.trainer.score([self._encode(s, i, whole=True) for i, s in enumerate(sequences)], temperature)
 
+    @torch.inference_mode(False)
     def forward_backward(self, samples: Sequence[Sample], loss: str | Callable[..., Any] | Any = "sft") -> TrainStats:
         """Adds the gradient of the loss over all samples; call it several times to accumulate.
 
@@ -156,6 +163,7 @@ class Engine:
         self.mesh.agree("forward_backward", samples, loss)
         return self.trainer.forward_backward(samples, loss)
 
+    @torch.inference_mode(False)
     def optim_step(self, learning_rate: float) -> StepStats:
         """Clips, steps AdamW, writes the compute weights in place, raises `weight_version`.
 
@@ -199,6 +207,7 @@ class Engine:
         recover(path)
         return (Path(path) / "state.json").exists()
 
+    @torch.inference_mode(False)
     def load_state(self, path: str | Path) -> dict[str, Any]:
         """Restores what `save_state` wrote, on any mesh; returns its `extra`. Raises CheckpointError on every rank."""
         self.wait_for_saves()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from engine.errors import EngineError, NumericsError
 from engine.parallel.mesh import Mesh
 from engine.parallel.queue import Queue
@@ -84,6 +86,7 @@ class Service:
         if not self._sampler.num_unfinished:
             self._sampler.drain()
 
+    @torch.inference_mode(False)  # what lives on, as the runner's buffers, is written to outside of that mode too
     def step(self) -> None:
         """One step of the sampler; what comes out goes to the request it belongs to."""
         sampler, slots = self._sampler, self._sampler.slots

@@ -138,3 +138,17 @@ def test_config_keys_that_are_unknown_are_refused_with_the_nearest():
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         Engine.from_pretrained(tmp_path / "nowhere", CONFIG)
+
+
+def test_what_inference_mode_made_is_written_to_outside_of_it(tmp_path):
+    engine = Engine.from_config(tiny_config(), CONFIG)
+    with torch.inference_mode():
+        assert len(list(engine.stream([[3, 4, 5]], GREEDY))) > 0
+        train(engine, range(1))
+        engine.score([[3, 4, 5]])
+    engine.save_state(tmp_path / "state")
+    train(engine, range(1, 2))
+    second = engine.generate([[3, 4, 5]], GREEDY)[0][0]
+    engine.load_state(tmp_path / "state")
+    train(engine, range(1, 2))
+    assert engine.generate([[3, 4, 5]], GREEDY)[0][0].token_ids == second.token_ids

@@ -133,6 +133,19 @@ def test_training_prefill_chunks_and_decode_have_the_same_bits(shape, dtype):
         assert_same_bits(out, trained, f"{mode}, pages of {page_size}")
 
 
+def test_a_tile_of_keys_may_lie_in_several_pages_whose_numbers_take_17_bits():
+    """Page numbers are read in halves of 16 bits."""
+    spec, first = AttentionSpec(2, 1, 16), 1 << 16
+    options = {"tiles": replace(tiles_for_tests(), block_n=32, split=32)}
+    qkv = randn(sum(LENGTHS), spec.row_size).to(DEVICE)
+    trained = forward(qkv, spec, plan_of(LENGTHS), **options)
+    cache = Cache(spec, torch.float32, LENGTHS)
+    with use_backend("triton"), torch.device(DEVICE):
+        cache.keys, cache.values = allocate_pages(first + cache.tables.numel(), 16, spec, torch.float32)
+    cache.tables += first
+    assert_same_bits(cache.run(qkv, [[1], [18, 1], [34, 1, 1, 1]], **options), trained, "pages from 65,536 on")
+
+
 def test_with_e4m3_pages_training_and_decode_have_the_same_bits():
     spec = AttentionSpec(2, 1, 16, kv_dtype=torch.float8_e4m3fn)
     qkv = randn(20, spec.row_size).to(DEVICE)
