@@ -41,7 +41,7 @@ lint: setup
 	@$(BIN)/mypy engine rl forge benchmarks
 
 test: setup lint
-	@$(BIN)/python -m pytest
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest  # GPUs have a target of their own
 
 demo: setup
 	@$(BIN)/python -m rl demo
@@ -67,6 +67,9 @@ gpu:
 
 test-gpu: gpu
 	@$(PYTHON) -m tests.on_gpu tests/test_exactness_cuda.py tests/kernels/triton tests/kernels/cuda
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 4)'; \
+		then $(PYTHON) -m pytest tests/parallel; \
+		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs"; fi
 	@! command -v compute-sanitizer >/dev/null || \
 		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
 

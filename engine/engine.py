@@ -17,6 +17,7 @@ from engine.errors import CapacityError, ConfigError, EngineError, InputError
 from engine.kernels.device import check_kernels, choose_device
 from engine.kernels.dtypes import KV_DTYPES, MODEL_DTYPES
 from engine.kernels.op import cpu_missing, extension, triton_missing
+from engine.kernels.table import rows as op_rows
 from engine.log import logger
 from engine.model import Transformer
 from engine.parallel.collectives import all_gather_object, broadcast_object
@@ -51,6 +52,8 @@ class Engine:
             _set_threads(config.threads)
         if missing := cpu_missing() if model.device.type == "cpu" else triton_missing():
             logger.warning("%s: the engine runs on plain torch, slowly and not exactly", missing)
+        elif model.device.type == "cuda" and any(row.chosen and not row.proven for row in op_rows(model.dtype, "cuda")):
+            logger.warning("no run on a GPU has proven the kernels in use yet; python -m engine ops names them")
         self.model = model
         self.config = config
         self.tokenizer = tokenizer

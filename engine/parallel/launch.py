@@ -47,8 +47,8 @@ def ranks_on_this_machine() -> int:
 
 
 def local_rank() -> int:
-    """The number of this rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_torchelastic_launched() else 0
+    """The number of this rank on its machine: LOCAL_RANK, which torchrun sets, and whoever starts ranks otherwise."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def times_restarted() -> int:
@@ -78,7 +78,7 @@ def connect(timeout: timedelta) -> None:
         keeper = f"torchrun's agent on {os.environ['MASTER_ADDR']}" if agent else str(processes[0])
         dog = watch(dist.PrefixStore("watchdog", _own_connection(store)), processes, rank, keeper)
         with named("connecting", Group("world", tuple(range(size)), rank)):
-            dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+            dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
         raise ParallelError(f"the ranks cannot connect ({error}); look at torchrun's rendezvous") from error
     dog.world = dist.group.WORLD
@@ -155,7 +155,7 @@ def _own_connection(store: dist.Store) -> dist.Store:
     return store.clone()  # type: ignore[attr-defined]
 
 
-def _backend() -> str:
+def backend() -> str:
     """gloo for what lies on the CPU, all messages that are no tensors included, and NCCL for what lies on a GPU."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 

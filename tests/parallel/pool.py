@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ParallelError
+from engine.parallel.launch import backend
 
 PRELOADED = ["torch", "torch.distributed", "tests.parallel.pool", "engine.engine"]
 GRACE_SECONDS = 3.0  # for the other ranks to answer once one has failed
@@ -172,7 +173,9 @@ def _work(pipe: Connection, rank: int, size: int, port: int, stack_file: str) ->
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         _one_thread()
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        if torch.cuda.device_count() >= size:  # each rank has one to itself, and NCCL connects them
+            os.environ["LOCAL_RANK"] = str(rank)
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
         gc.freeze()  # what has been imported stays: collecting after a call looks at the call's objects only
         while True:
             try:

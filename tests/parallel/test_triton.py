@@ -1,4 +1,5 @@
-"""Several ranks on Triton kernels: what they sample, score and train agrees to the bit there too."""
+"""Several ranks on Triton kernels, each on a GPU of its own where there are as many: what they sample, score and train
+agrees to the bit there too."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def play(parallel: ParallelConfig) -> tuple[float | None, bool]:
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     model = tiny_config("Qwen3ForCausalLM", **sizes, num_attention_heads=2, head_dim=16, initializer_range=0.3)
     config = EngineConfig(
-        device="cpu", dtype="float32", kv_tokens=64, max_batch_tokens=8, max_seqs=4, parallel=parallel
+        device="auto", dtype="float32", kv_tokens=64, max_batch_tokens=8, max_seqs=4, parallel=parallel
     )
     with use_backend("triton"):
         engine = Engine.from_config(model, config)
