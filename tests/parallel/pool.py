@@ -158,7 +158,7 @@ class Pool:
         for rank in sorted(ranks):
             until = time.monotonic() + 5.0
             stack, before = self._stack_file(rank).read_text(), ""
-            while (not stack.endswith("\n") or stack != before) and time.monotonic() < until:  # it is written line by line
+            while (not stack.endswith("\n") or stack != before) and time.monotonic() < until:  # written by lines
                 time.sleep(0.1)
                 stack, before = self._stack_file(rank).read_text(), stack
             text += f"\nrank {rank}:\n{stack}"
