@@ -33,6 +33,7 @@ from triton import compile as triton_compile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.compile_cases import DTYPES, MAY_SPILL, CompileCase, collected
 from engine.kernels.triton.launch import Launch
@@ -111,15 +112,21 @@ def jobs(cases: Sequence[CompileCase], dtypes: Sequence[torch.dtype], targets: S
     return list(found.values())
 
 
-def compile_job(job: Job) -> Record:
-    """Compiles it, without Triton's cache: the assembler's report of registers is not kept there."""
-    launch = job.launch
-    source = ASTSource(
+def source_of(launch: Launch) -> ASTSource:
+    """What `triton.compile` takes."""
+    language = GluonASTSource if launch.gluon else ASTSource
+    return language(
         launch.kernel,
         launch.signature,
         launch.constants,
         {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
+
+
+def compile_job(job: Job) -> Record:
+    """Compiles it, without Triton's cache: the assembler's report of registers is not kept there."""
+    launch = job.launch
+    source = source_of(launch)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
     constants = {name: _short(value) for name, value in launch.constants.items()}
     what = (job.kernel, job.op, job.dtype, job.target, constants, launch.num_warps, launch.num_stages)
