@@ -112,7 +112,7 @@ def _left_places(rows: int, registers: int) -> np.ndarray:
 
 
 def left_operand(registers: np.ndarray, kind: str) -> np.ndarray:
-    """[rows, K] float64 of A from registers [2 or 4, threads] (uint32) of one warp (16 rows) or four (64)."""
+    """[rows, K] float64 of A from registers [2 or 4, threads] (uint32) of warps with 16 rows each."""
     count, threads = registers.shape
     words = np.empty(threads * count, np.uint32)
     words[_left_places(threads // 2, count)] = registers
@@ -120,20 +120,20 @@ def left_operand(registers: np.ndarray, kind: str) -> np.ndarray:
 
 
 def right_operand(registers: np.ndarray, kind: str) -> np.ndarray:
-    """[8, K] float64: the columns of B of a warp's mma.sync, from registers [1 or 2, 32] (uint32)."""
+    """[warps, 8, K] float64: the columns of B of each warp's mma.sync, from registers [1 or 2, threads] (uint32)."""
     count = len(registers)
-    words = registers.reshape(count, 8, 4).transpose(1, 0, 2).reshape(8, count * 4)
-    return decoded(np.ascontiguousarray(words).view(np.uint8), kind)
+    words = registers.reshape(count, -1, 8, 4).transpose(1, 2, 0, 3)
+    return decoded(np.ascontiguousarray(words).reshape(-1, 8, count * 4).view(np.uint8), kind)
 
 
 def accumulated(sums: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float32 [rows, columns]: `sums` plus `left` [rows, K] times `right` [columns, K]; exact products are added one K
-    after the other in float64 and rounded once, so no element depends on another one's place or value."""
+    """float32 [..., rows, columns]: `sums` plus `left` [..., rows, K] times `right` [..., columns, K]; exact products are
+    added one K after the other in float64 and rounded once, so no element depends on another one's place or value."""
     total = sums.astype(np.float64)
     product = np.empty_like(total)
-    across, down = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+    down, across = np.moveaxis(left, -1, 0).copy(), np.moveaxis(right, -1, 0).copy()
     with np.errstate(all="ignore"):
         for column, row in zip(down, across, strict=True):
-            np.multiply(column[:, None], row, out=product)
+            np.multiply(column[..., None], row[..., None, :], out=product)
             total += product
         return total.astype(np.float32)

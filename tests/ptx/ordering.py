@@ -16,10 +16,39 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tests.ptx.mbarrier import ProtocolError
+from tests.ptx.machine import BEGINNINGS, Block, Threads
+from tests.ptx.parse import PTXError
 
 _MANY = 256  # warps, and mbarriers that copies complete on
 _NEVER = 2**40  # the time of an access that nobody has waited for yet
+
+
+class ProtocolError(PTXError):
+    """A program breaks a rule of the asynchronous instructions; the message says which."""
+
+
+def ordering_of(block: Block) -> Ordering:
+    """The clocks of a block."""
+    found: Ordering = block.state["ordering"]
+    return found
+
+
+def _begin(block: Block) -> None:
+    fences = getattr(block.machine, "fences", True)
+    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=fences)
+
+    def wrote(threads: Threads, places: np.ndarray, size: int) -> None:
+        ordering.wrote(threads.index // 32, places.astype(np.int64), size)
+
+    def read(threads: Threads, places: np.ndarray, size: int) -> None:
+        ordering.read(threads.index // 32, places.astype(np.int64), size)
+
+    block.on_shared_store.append(wrote)
+    block.on_shared_load.append(read)
+    block.on_barrier.append(lambda threads: ordering.synchronised(np.unique(threads.index // 32)))
+
+
+BEGINNINGS.append(_begin)
 
 
 class Ordering:
@@ -52,26 +81,30 @@ class Ordering:
         first = addresses >> 2
         return first[:, None] + np.arange(-(-size // 4)) if size > 4 else first[:, None]
 
-    def wrote(self, warps: np.ndarray, addresses: np.ndarray, size: int, where: object = "") -> None:
+    def wrote(self, warps: np.ndarray, addresses: np.ndarray, size: int) -> None:
         """Threads of `warps` wrote `size` bytes each at `addresses`. Raises ProtocolError for a race."""
         words = self._words(addresses, size)
         if size >= 4:
-            self._check_order(warps[:, None], words, "writes", where)
-            self._check_reads(warps, words, where)
+            self._check_order(warps[:, None], words, "writes")
+            self._check_reads(warps, words)
         self.writers[words] = warps[:, None]
         self.times[words] = self.now(warps)[:, None]
 
-    def read(self, warps: np.ndarray, addresses: np.ndarray, size: int, where: object = "") -> None:
+    def read(self, warps: np.ndarray, addresses: np.ndarray, size: int) -> None:
         """Threads of `warps` read `size` bytes each at `addresses`. Raises ProtocolError for a race."""
         words = self._words(addresses, size)
-        self._check_order(warps[:, None], words, "reads", where)
+        self._check_order(warps[:, None], words, "reads")
         self.reads[warps[:, None], words] = self.now(warps)[:, None]
 
-    def starts_copy(self, warps: np.ndarray, addresses: np.ndarray, size: int, where: object = "") -> None:
+    def check_known(self, warps: np.ndarray, address: int) -> None:
+        """Raises ProtocolError where the last write at this address is not ordered before what these warps do now."""
+        self._check_order(warps, np.full(len(warps), address >> 2), "uses")
+
+    def starts_copy(self, warps: np.ndarray, addresses: np.ndarray, size: int) -> None:
         """As `wrote`, by a copy (cp.async) that is complete only once `wrote` is called for it."""
         words = self._words(addresses, size)
-        self._check_order(warps[:, None], words, "writes", where)
-        self._check_reads(warps, words, where)
+        self._check_order(warps[:, None], words, "writes")
+        self._check_reads(warps, words)
         self.writers[words] = warps[:, None]
         self.times[words] = _NEVER
 
@@ -80,11 +113,11 @@ class Ordering:
         words = self._words(addresses, size)
         self.times[words] = self.now(warps)[:, None]
 
-    def starts_bulk_load(self, warp: int, pieces: np.ndarray, barrier: int, where: object = "") -> int:
+    def starts_bulk_load(self, warp: int, pieces: np.ndarray, barrier: int) -> int:
         """The async proxy writes 16-byte `pieces` for `warp` and tells the mbarrier at `barrier`. Returns its time."""
         words = (pieces[:, None] * 4 + np.arange(4)).reshape(-1)
-        self._check_order(np.array(warp), words, "has a bulk copy write", where)
-        self._check_reads(np.array([warp]), words[None], where)
+        self._check_order(np.array(warp), words, "has a bulk copy write")
+        self._check_reads(np.array([warp]), words[None])
         actor = self._actors.setdefault(barrier, self.warps + len(self._actors))
         self._copies[actor] += 1
         self.writers[words] = actor
@@ -96,7 +129,7 @@ class Ordering:
         actor = self._actors[barrier]
         released[:, actor] = np.maximum(released[:, actor], time)
 
-    def starts_async_read(self, warps: Iterable[int], pieces: np.ndarray, where: object = "") -> None:
+    def starts_async_read(self, warps: Iterable[int], pieces: np.ndarray) -> None:
         """The async proxy reads 16-byte `pieces` for these warps, until `ends_async_read`.
 
         Raises ProtocolError where the last write is not ordered before, or not fenced.
@@ -104,9 +137,9 @@ class Ordering:
         words = (pieces.reshape(-1, 1) * 4 + np.arange(4)).reshape(-1)
         listed = np.fromiter(warps, np.int64)
         for warp in listed:
-            self._check_order(np.array(warp), words, "has the async proxy read", where)
+            self._check_order(np.array(warp), words, "has the async proxy read")
             if self.fences:
-                self._check_fenced(int(warp), words, where)
+                self._check_fenced(int(warp), words)
         self.reads[listed[:, None], words] = _NEVER
 
     def ends_async_read(self, warps: Iterable[int], pieces: np.ndarray) -> None:
@@ -114,18 +147,18 @@ class Ordering:
         listed = np.fromiter(warps, np.int64)
         self.reads[listed[:, None], words] = self.now(listed)[:, None]
 
-    def _check_order(self, warps: np.ndarray, words: np.ndarray, verb: str, where: object) -> None:
+    def _check_order(self, warps: np.ndarray, words: np.ndarray, verb: str) -> None:
         writers, times = self.writers[words], self.times[words]
         wrong = times > self.seen[warps, writers]
         if wrong.any():
             place = tuple(np.argwhere(wrong)[0])
             warp = np.broadcast_to(warps, words.shape)[place]
             raise ProtocolError(
-                f"{where}: warp {warp} {verb} shared memory at {words[place] * 4}, which "
+                f"warp {warp} {verb} shared memory at {words[place] * 4}, which "
                 f"{self._name(writers[place])} wrote, and has not waited for that"
             )
 
-    def _check_reads(self, warps: np.ndarray, words: np.ndarray, where: object) -> None:
+    def _check_reads(self, warps: np.ndarray, words: np.ndarray) -> None:
         for warp in np.unique(warps):
             mine = words[warps == warp]
             for other in range(self.warps):
@@ -136,17 +169,17 @@ class Ordering:
                     wrong = times > self.seen[warp, other]
                 if wrong.any():
                     raise ProtocolError(
-                        f"{where}: warp {warp} writes shared memory at {mine[wrong][0] * 4} and has not waited for "
+                        f"warp {warp} writes shared memory at {mine[wrong][0] * 4} and has not waited for "
                         f"warp {other}, which reads there"
                     )
 
-    def _check_fenced(self, warp: int, words: np.ndarray, where: object) -> None:
+    def _check_fenced(self, warp: int, words: np.ndarray) -> None:
         writers, times = self.writers[words], self.times[words]
         wrong = (writers < self.warps) & (times > self.fenced[warp, writers])
         if wrong.any():
             first = np.argmax(wrong)
             raise ProtocolError(
-                f"{where}: the async proxy reads shared memory at {words[first] * 4} for warp {warp}, which "
+                f"the async proxy reads shared memory at {words[first] * 4} for warp {warp}, which "
                 f"{self._name(writers[first])} wrote, without a fence.proxy.async in between"
             )
 

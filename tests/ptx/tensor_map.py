@@ -1,22 +1,18 @@
 """Tensor maps: what the tensor memory accelerator is told of a tensor, and the boxes that it copies (PTX ISA, "Tensors").
 
-Dimensions are in the hardware's order, the innermost first. The 128 bytes of a real tensor map are opaque; the ones
-here are of our own making and mean something to this simulator only.
+Dimensions are in the hardware's order, the innermost first.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tests.ptx.swizzle import WIDTHS, swizzled
 
-_FORMAT = "<4sQBBBB5I5Q5H"
-_MAGIC = b"TMAP"
 _NAN = {2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f"}  # of both 16-bit types and of float32; 8 bits have no fill but zero
 
 
@@ -24,7 +20,7 @@ _NAN = {2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f"}  # of both 16-bit types and of f
 class TensorMap:
     """A tensor of `shape` elements of `element_size` bytes at address `base`, `strides` bytes apart (that of the
     innermost dimension is `element_size`), copied in boxes of `box` elements that lie in shared memory under a swizzle of
-    `width` bytes (16: none). What is outside of the tensor reads as 0, or NaN. Elements are never skipped (the element
+    `width` bytes (16: none). `tensors` own the memory. What is outside of the tensor reads as 0, or NaN. Elements are never skipped (the element
     strides of cuTensorMapEncodeTiled are 1, as Triton has them).
 
     Raises ValueError for what cuTensorMapEncodeTiled refuses.
@@ -37,6 +33,7 @@ class TensorMap:
     element_size: int
     width: int = 16
     fill_nan: bool = False
+    tensors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         rank = len(self.shape)
@@ -74,6 +71,7 @@ class TensorMap:
             size,
             16 << metadata["swizzle"],
             descriptor.padding == "nan",
+            (descriptor.base,),
         )
 
     @property
@@ -85,27 +83,6 @@ class TensorMap:
         """Bytes from the first element's start to the last one's end."""
         ends = ((side - 1) * stride for side, stride in zip(self.shape, self.strides, strict=True))
         return sum(ends) + self.element_size
-
-    def pack(self) -> bytes:
-        """128 bytes, for a kernel's parameter."""
-        rank = len(self.shape)
-
-        def five(values: Sequence[int]) -> tuple[int, ...]:
-            return (*values, *(0,) * (5 - rank))
-
-        return struct.pack(
-            _FORMAT, _MAGIC, self.base, rank, self.element_size, self.width, self.fill_nan,
-            *(side & 0xFFFFFFFF for side in five(self.shape)), *five(self.strides), *five(self.box),
-        ).ljust(128, b"\0")  # fmt: skip
-
-    @staticmethod
-    def unpack(data: bytes) -> TensorMap:
-        """Raises ValueError where these bytes are no tensor map."""
-        magic, base, rank, size, width, fill, *rest = struct.unpack(_FORMAT, data[: struct.calcsize(_FORMAT)])
-        if magic != _MAGIC:
-            raise ValueError("the 128 bytes at the address of a tensor map are none")
-        shape, strides, box = (tuple(rest[first : first + rank]) for first in (0, 5, 10))
-        return TensorMap(base, tuple(s or 2**32 for s in shape), strides, box, size, width, bool(fill))
 
     def _inside(self, tensor: np.ndarray, start: Sequence[int]) -> tuple[np.ndarray, tuple[slice, ...]]:
         """The box's part that lies in the tensor, and where in the box that is (outermost dimension first)."""

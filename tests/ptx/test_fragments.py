@@ -126,7 +126,7 @@ def test_right_operand_of_16_bits_lies_as_the_isa_deals_it() -> None:
     for lane in range(32):
         for index in range(4):
             registers[index // 2, lane, index % 2] = values[lane % 4 * 2 + index % 2 + index // 2 * 8, lane // 4]
-    assert np.array_equal(right_operand(registers.view(np.uint32)[..., 0], "f16"), values.T)
+    assert np.array_equal(right_operand(registers.view(np.uint32)[..., 0], "f16"), values.T[None])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])

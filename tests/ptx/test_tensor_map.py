@@ -28,15 +28,6 @@ def _memory(tensor: np.ndarray) -> Any:
     return view
 
 
-def test_a_packed_map_is_unpacked() -> None:
-    plain, large = _map(), _map(shape=(2**32, 3, 4), strides=(2, 2**39, 16), box=(32, 1, 2), fill_nan=True)
-    assert len(plain.pack()) == 128
-    assert TensorMap.unpack(plain.pack()) == plain
-    assert TensorMap.unpack(large.pack()) == large
-    with pytest.raises(ValueError, match="are none"):
-        TensorMap.unpack(bytes(128))
-
-
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
