@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from tests.ptx.async_copies import BulkGroups, BulkStore, Groups, ThreadCopies
-from tests.ptx.machine import BEGINNINGS, Block, Run, Threads, addresses, full, operation, reader
+from tests.ptx.machine import BLOCK_HOOKS, Block, Run, Threads, addresses, full, operation, reader
 from tests.ptx.mbarrier import barrier_at, shared_places
 from tests.ptx.ordering import ProtocolError, ordering_of
 from tests.ptx.parse import Address, Immediate, Instruction, Operand
@@ -42,7 +42,7 @@ def _begin(block: Block) -> None:
     block.at_exit.append(finish)
 
 
-BEGINNINGS.append(_begin)
+BLOCK_HOOKS.append(_begin)
 
 
 def _flying(block: Block) -> _Flying:

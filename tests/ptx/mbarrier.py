@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.machine import BEGINNINGS, SHARED_WINDOW, Block, Run, Threads, addresses, full, operation, reader, writer
+from tests.ptx.machine import BLOCK_HOOKS, SHARED_WINDOW, Block, Run, Threads, addresses, full, operation, reader, writer
 from tests.ptx.ordering import ProtocolError, ordering_of
 from tests.ptx.parse import Instruction, Operand, Sink
 
@@ -77,7 +77,7 @@ def _begin(block: Block) -> None:
     block.state["mbarriers"] = {}
 
 
-BEGINNINGS.append(_begin)
+BLOCK_HOOKS.append(_begin)
 
 
 def barrier_at(block: Block, place: int) -> Barrier:

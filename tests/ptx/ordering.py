@@ -6,8 +6,8 @@ has seen it. The async proxy (products that read shared memory, bulk copies) see
 across a `fence.proxy.async` that lies between the two in this order (PTX ISA, "Memory consistency model", "Causality
 order"), so there is a second clock of what is fenced.
 
-Inside a warp everything counts as ordered, and accesses of one and two bytes by several warps to the same four are not
-taken for conflicts.
+Inside a warp everything counts as ordered. Two ordinary writes are never a conflict (warps do write the same values
+side by side), nor is a write of one or two bytes to four of which another warp reads some.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tests.ptx.machine import BEGINNINGS, Block, Threads
+from tests.ptx.machine import BLOCK_HOOKS, Block, Threads
 from tests.ptx.parse import PTXError
 
 _MANY = 256  # warps, and mbarriers that copies complete on
@@ -34,8 +34,9 @@ def ordering_of(block: Block) -> Ordering:
 
 
 def _begin(block: Block) -> None:
-    fences = getattr(block.machine, "fences", True)
-    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=fences)
+    ordering = block.state["ordering"] = Ordering(
+        -(-block.size // 32), len(block.shared), fences=block.machine.fences
+    )
 
     def wrote(threads: Threads, places: np.ndarray, size: int) -> None:
         ordering.wrote(threads.index // 32, places.astype(np.int64), size)
@@ -48,7 +49,7 @@ def _begin(block: Block) -> None:
     block.on_barrier.append(lambda threads: ordering.synchronised(np.unique(threads.index // 32)))
 
 
-BEGINNINGS.append(_begin)
+BLOCK_HOOKS.append(_begin)
 
 
 class Ordering:
@@ -84,8 +85,8 @@ class Ordering:
     def wrote(self, warps: np.ndarray, addresses: np.ndarray, size: int) -> None:
         """Threads of `warps` wrote `size` bytes each at `addresses`. Raises ProtocolError for a race."""
         words = self._words(addresses, size)
+        self._check_order(warps[:, None], words, "writes", self.warps)
         if size >= 4:
-            self._check_order(warps[:, None], words, "writes")
             self._check_reads(warps, words)
         self.writers[words] = warps[:, None]
         self.times[words] = self.now(warps)[:, None]
@@ -147,9 +148,10 @@ class Ordering:
         listed = np.fromiter(warps, np.int64)
         self.reads[listed[:, None], words] = self.now(listed)[:, None]
 
-    def _check_order(self, warps: np.ndarray, words: np.ndarray, verb: str) -> None:
+    def _check_order(self, warps: np.ndarray, words: np.ndarray, verb: str, since: int = 0) -> None:
+        """Against the last writes of those that are numbered `since` and up."""
         writers, times = self.writers[words], self.times[words]
-        wrong = times > self.seen[warps, writers]
+        wrong = (times > self.seen[warps, writers]) & ((writers >= since) | (times == _NEVER))
         if wrong.any():
             place = tuple(np.argwhere(wrong)[0])
             warp = np.broadcast_to(warps, words.shape)[place]
@@ -160,18 +162,16 @@ class Ordering:
 
     def _check_reads(self, warps: np.ndarray, words: np.ndarray) -> None:
         for warp in np.unique(warps):
-            mine = words[warps == warp]
-            for other in range(self.warps):
-                times = self.reads[other, mine]
-                if other == warp:  # its own reads are done, but for those of the async proxy
-                    wrong = times == _NEVER
-                else:
-                    wrong = times > self.seen[warp, other]
-                if wrong.any():
-                    raise ProtocolError(
-                        f"warp {warp} writes shared memory at {mine[wrong][0] * 4} and has not waited for "
-                        f"warp {other}, which reads there"
-                    )
+            mine = words[warps == warp].reshape(-1)
+            limits = self.seen[warp, : self.warps].copy()
+            limits[warp] = _NEVER - 1  # its own reads are done, but for those of the async proxy
+            wrong = self.reads[:, mine] > limits[:, None]
+            if wrong.any():
+                other, place = np.argwhere(wrong)[0]
+                raise ProtocolError(
+                    f"warp {warp} writes shared memory at {mine[place] * 4} and has not waited for warp {other}, "
+                    f"which reads there"
+                )
 
     def _check_fenced(self, warp: int, words: np.ndarray) -> None:
         writers, times = self.writers[words], self.times[words]

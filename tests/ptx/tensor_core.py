@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from tests.ptx.fragments import MatrixDescriptor, accumulated, gathered, left_operand, right_operand, sum_places
-from tests.ptx.machine import BEGINNINGS, Block, Run, Threads, full, operation, reader, writer
+from tests.ptx.machine import BLOCK_HOOKS, Block, Run, Threads, full, operation, reader, writer
+from tests.ptx.memory import meet
 from tests.ptx.ordering import ProtocolError, ordering_of
 from tests.ptx.parse import Immediate, Instruction, Operand, Register, Vector
 from tests.ptx.products import Product, Warpgroup
@@ -56,8 +57,7 @@ def _mma(instruction: Instruction) -> Run:
     places = sum_places(16, 8)
 
     def run(block: Block, threads: Threads) -> None:
-        if not threads.whole:
-            raise ProtocolError("all threads of a warp have to execute it together")
+        meet(instruction, block, threads)
         warps = threads.count // 32
         a = left_operand(np.stack([full(get(threads), threads) for get in left]), kind).reshape(warps, 16, depth)
         b = right_operand(np.stack([full(get(threads), threads) for get in right]), kind)
@@ -82,21 +82,20 @@ def _begin(block: Block) -> None:
     block.at_exit.append(check)
 
 
-BEGINNINGS.append(_begin)
+BLOCK_HOOKS.append(_begin)
 
 
 def _warpgroups(block: Block, threads: Threads, instruction: Instruction, work: Callable[[int], None]) -> None:
     """Does `work` for each warpgroup of which all four warps are here; the others wait until they are."""
-    if not threads.whole:
-        raise ProtocolError("all threads of a warp have to execute it together")
-    low, high = threads.low // 32, threads.high // 32
+    meet(instruction, block, threads)
+    warps = threads.index[::32] // 32
     waits = []
-    for number in range(low // 4, -(-high // 4)):
-        first, last = max(low, number * 4), min(high, number * 4 + 4)
-        if last - first == 4:
+    for number in np.unique(warps // 4).tolist():
+        here = warps[warps // 4 == number]
+        if len(here) == 4:
             work(number)
         else:
-            part = block.threads(np.arange(first * 32, last * 32))
+            part = threads.where(threads.index // _WARPGROUP == number)
             waits.append((part, partial(_all_here, block, number, instruction.index), f"for warpgroup {number}"))
     block.wait(instruction, waits, again=True)
 
