@@ -179,21 +179,25 @@ def meet(instruction: Instruction, block: Block, threads: Threads, mask: NDArray
     """Waits until every lane of the mask ([count] or [1], default all) of each warp is at this instruction."""
     if threads.whole:
         return
-    waits = []
+    waits: list[Any] = []
+    missing = False
     for warp in threads.warps():
         wanted = 2**WARP - 1
         if mask is not None:
             wanted = int(mask[0] if len(mask) == 1 else mask[np.searchsorted(threads.index, warp.low)])
         first = warp.low // WARP * WARP
         lanes = {first + lane for lane in range(WARP) if wanted >> lane & 1}
-        if not lanes <= set(warp.index.tolist()):
+        if lanes <= set(warp.index.tolist()):
+            waits.append((warp, lambda: True, "for nothing"))  # goes on alone
+        else:
+            missing = True
 
             def ready(lanes: set[int] = lanes) -> bool:
                 here = [strand.threads.index.tolist() for strand in block.strands if strand.pc == instruction.index]
                 return lanes <= {lane for each in here for lane in each}
 
             waits.append((warp, ready, f"for lanes of warp {first // WARP} to meet"))
-    block.wait(instruction, waits, again=True)
+    block.wait(instruction, waits if missing else [], again=True)
 
 
 def _table(operand: Operand, block: Block, threads: Threads, read: Callable[[Threads], NDArray]) -> NDArray:
