@@ -38,7 +38,8 @@ For those who write instructions
   oldest, or any under a random schedule. `block.at_exit` are called when all threads have returned, before the block's
   memory goes. `block.state` is a dict for what an instruction family keeps for a block, by the family's name.
 - A proxy's shadow: `block.written_shared(threads, addresses, size)` is called after every ordinary store to shared
-  memory (uint64 [count] addresses, `size` bytes each) and calls each of `block.on_shared_store`; `block.on_barrier` are
+  memory (uint64 [count] addresses, `size` bytes each) and calls each of `block.on_shared_store`, `block.read_shared`
+  after every load and calls each of `block.on_shared_load`; `block.on_barrier` are
   called with the threads of every barrier that completes (bar.sync and the like). All of these begin empty for each
   block; functions in BLOCK_HOOKS are called with every block that begins.
 """
@@ -289,6 +290,7 @@ class Block:
         self.at_exit: list[Callable[[], None]] = []
         self.on_barrier: list[Callable[[Threads], None]] = []
         self.on_shared_store: list[Callable[[Threads, NDArray, int], None]] = []
+        self.on_shared_load: list[Callable[[Threads, NDArray, int], None]] = []
         self.state: dict[str, Any] = {}
         self.strands = [Strand(0, self.threads(np.arange(self.size)))]
         for hook in BLOCK_HOOKS:
@@ -320,6 +322,10 @@ class Block:
 
     def written_shared(self, threads: Threads, places: NDArray, size: int) -> None:
         for call in self.on_shared_store:
+            call(threads, places, size)
+
+    def read_shared(self, threads: Threads, places: NDArray, size: int) -> None:
+        for call in self.on_shared_load:
             call(threads, places, size)
 
     def wait(self, instruction: Instruction, waits: Sequence[Any], again: bool) -> None:
@@ -427,6 +433,11 @@ class Block:
             taken = int(np.count_nonzero(mask))
         if taken == 0:
             return instruction.index + 1
+        if instruction.opcode == "brx":
+            if taken < threads.count:
+                self.strands.append(Strand(instruction.index + 1, threads.where(~mask)))
+                threads = threads.where(mask)
+            return self._choose(instruction, threads)
         if instruction.opcode == "bra":
             target = instruction.operands[0]
             assert isinstance(target, Symbol)
@@ -439,6 +450,17 @@ class Block:
         if taken < threads.count:
             self.strands.append(Strand(instruction.index + 1, threads.where(~mask)))
         return None
+
+    def _choose(self, instruction: Instruction, threads: Threads) -> None:
+        """brx.idx: each thread goes on where its number in a table of labels says."""
+        number, table = instruction.operands
+        assert isinstance(table, Symbol)
+        targets = self.machine.kernel.tables[table.name]
+        numbers = full(self.read(number, threads, "u32"), threads)
+        if numbers.max() >= len(targets):
+            raise instruction.error(f"there are {len(targets)} labels, and a thread takes number {numbers.max()}")
+        for each in np.unique(numbers):
+            self.strands.append(Strand(self.machine.kernel.labels[targets[each]], threads.where(numbers == each)))
 
     def _report(self) -> str:
         lines = []
@@ -458,11 +480,12 @@ class Machine:
     """A kernel, decoded. `threads` are those of a block, `shared` its bytes of shared memory, static ones included.
 
     `schedule` is "in order" (lowest place in the program first) or "random" (warps in an order drawn with `seed`);
-    `completion` "early" or "late": when asynchronous operations are done.
+    `completion` "early" or "late": when asynchronous operations are done. `fences=False` lets the async proxy read what
+    ordinary instructions wrote without a fence.proxy.async, which Triton 3.6 leaves out after copies.
     """
 
     def __init__(self, module: Module, name: str, threads: int, shared: int, schedule: str = "in order",
-                 completion: str = "early", seed: int = 0) -> None:  # fmt: skip
+                 completion: str = "early", seed: int = 0, fences: bool = True) -> None:  # fmt: skip
         if schedule not in ("in order", "random") or completion not in ("early", "late"):
             raise ValueError(f'schedule "{schedule}", completion "{completion}"')
         self.module, self.kernel, self.size, self.shared = module, module.kernels[name], threads, shared
@@ -472,7 +495,7 @@ class Machine:
             if find_spec(f"tests.ptx.{family}"):
                 import_module(f"tests.ptx.{family}")
         self.random, self.late, self.chance = schedule == "random", completion == "late", random.Random(seed)
-        self.grid = (1, 1, 1)
+        self.grid, self.fences = (1, 1, 1), fences
         self._symbols = self._place()
         self.program = [self._decode(each) for each in self.kernel.instructions]
         self._segments: dict[int, tuple[list[Run], Instruction | None, int]] = {}
@@ -511,7 +534,7 @@ class Machine:
         raise PTXError(f"no parameter begins at {address:#x}")
 
     def _decode(self, instruction: Instruction) -> Run:
-        if instruction.opcode in ("bra", "ret", "exit"):
+        if instruction.opcode in ("bra", "brx", "ret", "exit"):
             return _nothing
         decode = OPERATIONS.get(instruction.opcode)
         if decode is None:
@@ -534,7 +557,7 @@ class Machine:
                 end += 1
                 if instruction.opcode in _ENDS_RUN or end in self._starts:
                     break
-            branches = instruction.opcode in ("bra", "ret", "exit")
+            branches = instruction.opcode in ("bra", "brx", "ret", "exit")
             found = (self.program[pc : end - branches], instruction if branches else None, end)
             self._segments[pc] = found
         return found

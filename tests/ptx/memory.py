@@ -98,6 +98,8 @@ def _load(instruction: Instruction) -> Run:
             else:
                 for place in range(step):
                     writes[begin + place](threads, values[place::step])
+        if memory is block.shared_space:
+            block.read_shared(threads, places, size * count)
 
     return run
 
@@ -179,25 +181,24 @@ def meet(instruction: Instruction, block: Block, threads: Threads, mask: NDArray
     """Waits until every lane of the mask ([count] or [1], default all) of each warp is at this instruction."""
     if threads.whole:
         return
-    waits: list[Any] = []
-    missing = False
+    waits: list[tuple[Threads, Callable[[], bool], str]] = []
+    complete: list[tuple[Threads, Callable[[], bool], str]] = []  # these have to come again too: nothing is done yet
     for warp in threads.warps():
         wanted = 2**WARP - 1
         if mask is not None:
             wanted = int(mask[0] if len(mask) == 1 else mask[np.searchsorted(threads.index, warp.low)])
         first = warp.low // WARP * WARP
         lanes = {first + lane for lane in range(WARP) if wanted >> lane & 1}
-        if lanes <= set(warp.index.tolist()):
-            waits.append((warp, lambda: True, "for nothing"))  # goes on alone
-        else:
-            missing = True
+        if not lanes <= set(warp.index.tolist()):
 
             def ready(lanes: set[int] = lanes) -> bool:
                 here = [strand.threads.index.tolist() for strand in block.strands if strand.pc == instruction.index]
                 return lanes <= {lane for each in here for lane in each}
 
             waits.append((warp, ready, f"for lanes of warp {first // WARP} to meet"))
-    block.wait(instruction, waits if missing else [], again=True)
+        else:
+            complete.append((warp, lambda: True, "for nothing"))
+    block.wait(instruction, [*waits, *complete] if waits else [], again=True)
 
 
 def _table(operand: Operand, block: Block, threads: Threads, read: Callable[[Threads], NDArray]) -> NDArray:
@@ -377,6 +378,8 @@ def _ldmatrix(instruction: Instruction) -> Run:
         meet(instruction, block, threads)
         rows = where(threads).reshape(-1, WARP)[:, : 8 * count]
         data = block.shared_space.load(rows.ravel(), 16).view(np.uint32).reshape(-1, count, WARP)
+        pointing = threads if count == 4 else threads.where(threads.index % WARP < 8 * count)
+        block.read_shared(pointing, rows.ravel(), 16)
         if transposed:
             halves = data.view(np.uint16).reshape(-1, count, 8, 8).swapaxes(2, 3)
             data = np.ascontiguousarray(halves).view(np.uint32).reshape(-1, count, WARP)
