@@ -20,8 +20,8 @@ For those who write instructions
   numbers in the block, sorted), `threads.select` (a slice or an index, for arrays over the block's threads),
   `threads.whole` (whole warps side by side: their values reshape to [warps, 32]), `threads.where(mask)`.
 - `reader(instruction, operand, type)(threads)` gives an array [count], or [1] where all threads see one value (an
-  immediate, a symbol, %ctaid): only read it, it may be the register itself. `type` is PTX's: f32 f64 f16 u8..u64 s8..s64
-  b8..b64 pred; bf16, f16x2 and bf16x2 are read as bits (u16, u32). `full(values, threads)` makes it [count].
+  immediate, a symbol, %ctaid): only read it, it may be the register itself. `type` is PTX's: f32 f64 f16 u8..u64
+  s8..s64 b8..b64 pred; bf16, f16x2 and bf16x2 are read as bits (u16, u32). `full(values, threads)` makes it [count].
   `writer(instruction, operand, type)(threads, values)` writes them; a register wider than the type is extended.
   `block.read(operand, threads, type)` and `block.write(operand, threads, type, values)` do the same without decoding
   ahead. A register's row over the whole block is `block.files["b32"][register.index]` (uint32 [threads]).
