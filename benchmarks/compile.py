@@ -114,8 +114,7 @@ def jobs(cases: Sequence[CompileCase], dtypes: Sequence[torch.dtype], targets: S
 
 def compiled_for(launch: Launch, capability: int) -> CompiledKernel:
     """The kernel as it would be compiled when it is launched on a GPU of this capability, such as 90."""
-    language = GluonASTSource if launch.gluon else ASTSource
-    source = language(
+    source = (GluonASTSource if launch.gluon else ASTSource)(
         launch.kernel,
         launch.signature,
         launch.constants,
