@@ -20,8 +20,8 @@ For those who write instructions
   numbers in the block, sorted), `threads.select` (a slice or an index, for arrays over the block's threads),
   `threads.whole` (whole warps side by side: their values reshape to [warps, 32]), `threads.where(mask)`.
 - `reader(instruction, operand, type)(threads)` gives an array [count], or [1] where all threads see one value (an
-  immediate, a symbol, %ctaid): only read it, it may be the register itself. `type` is PTX's: f32 f64 f16 u8..u64 s8..s64
-  b8..b64 pred; bf16, f16x2 and bf16x2 are read as bits (u16, u32). `full(values, threads)` makes it [count].
+  immediate, a symbol, %ctaid): only read it, it may be the register itself. `type` is PTX's: f32 f64 f16 u8..u64
+  s8..s64 b8..b64 pred; bf16, f16x2 and bf16x2 are read as bits (u16, u32). `full(values, threads)` makes it [count].
   `writer(instruction, operand, type)(threads, values)` writes them; a register wider than the type is extended.
   `block.read(operand, threads, type)` and `block.write(operand, threads, type, values)` do the same without decoding
   ahead. A register's row over the whole block is `block.files["b32"][register.index]` (uint32 [threads]).
@@ -32,7 +32,7 @@ For those who write instructions
   `block.machine.parameter(address)` is the argument whose parameter begins there (a TensorMap).
 - To wait: `block.wait(instruction, [(threads, ready, what), ...], again=...)`, which does not return where the list has
   anything in it. Those threads go on once `ready()` is true: at this instruction again, or (again=False) at the next.
-  Other threads of the same call go on at once. `what` is for the report of a deadlock.
+  Other threads of the same call go on at once. `what` is for the report of a deadlock, a text or an object that has one then.
 - Asynchronous operations: `block.late` says whether what is begun now is to be done as late as may be. What an mbarrier
   tells of goes to `block.pending` (functions without arguments): the scheduler calls one when no thread can go on, the
   oldest, or any under a random schedule. `block.at_exit` are called when all threads have returned, before the block's
@@ -49,6 +49,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -251,7 +252,8 @@ class Strand:
 
     __slots__ = ("pc", "ready", "threads", "what")
 
-    def __init__(self, pc: int, threads: Threads, ready: Callable[[], bool] | None = None, what: str = "") -> None:
+    def __init__(self, pc: int, threads: Threads, ready: Callable[[], bool] | None = None,
+                 what: Callable[[], str] = str) -> None:  # fmt: skip
         self.pc, self.threads, self.ready, self.what = pc, threads, ready, what
 
 
@@ -410,11 +412,11 @@ class Block:
                     self.strands.append(Strand(pc, threads))
                     return
         except Blocked as blocked:
-            place = blocked.instruction.index
+            place, line = blocked.instruction.index, blocked.instruction.line
             rest = threads.index
             for waiting, ready, what in blocked.waits:
                 pc = place if blocked.again else place + 1
-                self.strands.append(Strand(pc, waiting, ready, f"line {blocked.instruction.line}: {what}"))
+                self.strands.append(Strand(pc, waiting, ready, partial("line {}: {}".format, line, what)))
                 rest = np.setdiff1d(rest, waiting.index, assume_unique=True)
             if len(rest):
                 self.strands.append(Strand(place + 1, self.threads(rest)))
@@ -467,7 +469,7 @@ class Block:
         for strand in sorted(self.strands, key=lambda each: each.threads.low):
             index = strand.threads.index
             at = self.machine.kernel.instructions[strand.pc] if strand.pc < len(self.machine.program) else None
-            lines.append(f"  threads {index[0]} to {index[-1]} ({len(index)}) wait, {strand.what}; "
+            lines.append(f"  threads {index[0]} to {index[-1]} ({len(index)}) wait, {strand.what()}; "
                          f"next: {at.text[:80] if at else 'the end'}")  # fmt: skip
         return "\n".join(lines)
 

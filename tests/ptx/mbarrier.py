@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.machine import BLOCK_HOOKS, SHARED_WINDOW, Block, Run, Threads, addresses, full, operation, reader, writer
+from tests.ptx.machine import (
+    BLOCK_HOOKS,
+    SHARED_WINDOW,
+    Block,
+    Run,
+    Threads,
+    addresses,
+    full,
+    operation,
+    reader,
+    writer,
+)
 from tests.ptx.ordering import ProtocolError, ordering_of
 from tests.ptx.parse import Instruction, Operand, Sink
 
@@ -201,10 +212,21 @@ def _wait(instruction: Instruction) -> Run:
                 ordering_of(block).acquire(np.unique(who.index // 32), barrier.acquired)
                 put(who, np.ones(who.count, bool))
             else:
-                waits.append((who, ready, f"{'parity' if by_parity else 'phase'} {phase} of the {barrier.state}"))
+                waits.append((who, ready, _Waiting(f"{'parity' if by_parity else 'phase'} {phase}", barrier)))
         block.wait(instruction, waits, again=True)
 
     return run
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What threads wait for, as it is when somebody asks."""
+
+    what: str
+    barrier: Barrier
+
+    def __str__(self) -> str:
+        return f"{self.what} of the {self.barrier.state}"
 
 
 def _ordered(block: Block, threads: Threads, place: int) -> Barrier:

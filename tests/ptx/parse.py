@@ -424,9 +424,9 @@ class _Parser:
         if text.startswith("["):
             inside = _split(text[1:-1])
             base, offset = inside[0].strip(), 0
-            if found := re.match(r"(.*?)\s*([+-])\s*(-?\s*\w+)$", base):
-                if found[1]:
-                    base, offset = found[1], int(found[3].replace(" ", ""), 0) * (1 if found[2] == "+" else -1)
+            found = re.match(r"(.+?)\s*([+-])\s*(-?\s*\w+)$", base)
+            if found:
+                base, offset = found[1], int(found[3].replace(" ", ""), 0) * (1 if found[2] == "+" else -1)
             coordinates: tuple[Operand, ...] = ()
             if len(inside) > 1:
                 vector = self.operand(inside[1], kernel, scopes)

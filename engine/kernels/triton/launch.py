@@ -1,8 +1,8 @@
-"""How every Triton kernel is launched: on the GPU, in the interpreter, or into a list for the compiler."""
+"""How every Triton kernel is launched: on the GPU, in the interpreter, or given to who asked for launches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,8 +24,9 @@ _TYPES = {
 class Launch:
     """A kernel as the compiler needs it: no tensor, no value but those that the code depends on.
 
-    `signature` gives each argument's type by name ("*bf16" is a pointer to bfloat16, "constexpr" a constant);
-    `constants` the values of constants; `divisible` the arguments that 16 divides.
+    `signature` gives each argument's type by name ("*bf16" is a pointer to bfloat16, "constexpr" a constant,
+    "tensordesc<bf16[64,64],..>" how the copy engine takes such boxes of a tensor); `constants` the values of constants;
+    `divisible` the arguments that 16 divides.
     """
 
     kernel: Any
@@ -39,31 +40,44 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def gluon(self) -> bool:
+        """Whether the kernel is written in Gluon, for one kind of GPU."""
+        return bool(self.kernel.is_gluon())
 
-_collected: list[Launch] | None = None
+
+# (kernel, grid, arguments in the order of the kernel's parameters): runs it, or does something else with it
+Runner = Callable[[Launch, tuple[int, ...], tuple[Any, ...]], None]
+
+_runner: Runner | None = None
 _absent_gpu = (132, 9)  # multiprocessors and major compute capability where there is no GPU: those of an H200
 
 
 @contextmanager
-def collecting(processors: int = 132, major: int = 9) -> Iterator[list[Launch]]:
-    """Launches inside this block are noted down and not run; ops take CPU tensors, whose results stay uninitialised.
-
-    So what is compiled ahead of time is what would be launched, tiles and all, on a GPU of so many multiprocessors and
-    this major compute capability. Not under the interpreter.
-    """
-    global _collected, _absent_gpu
-    before, gpu_before = _collected, _absent_gpu
-    _collected, _absent_gpu = [], (processors, major)
+def running(runner: Runner, processors: int = 132, major: int = 9) -> Iterator[None]:
+    """Launches inside this block go to `runner`; ops take CPU tensors, and launch what they would on a GPU of so many
+    multiprocessors and this major compute capability, tiles and all. Not under the interpreter."""
+    global _runner, _absent_gpu
+    before, gpu_before = _runner, _absent_gpu
+    _runner, _absent_gpu = runner, (processors, major)
     try:
         with triton_without_gpu():
-            yield _collected
+            yield
     finally:
-        _collected, _absent_gpu = before, gpu_before
+        _runner, _absent_gpu = before, gpu_before
+
+
+@contextmanager
+def collecting(processors: int = 132, major: int = 9) -> Iterator[list[Launch]]:
+    """Launches inside this block are noted down and not run, as `running` has it; results stay uninitialised."""
+    launches: list[Launch] = []
+    with running(lambda launch, grid, arguments: launches.append(launch), processors, major):
+        yield launches
 
 
 def gpu_of(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and major compute capability of a device; where it is no GPU, of the one that `collecting` is
-    for, or an H200's."""
+    """Multiprocessors and major compute capability of a device; where it is no GPU, of the one that `running` is for,
+    or an H200's."""
     return _present_gpu(device) if device.type == "cuda" else _absent_gpu
 
 
@@ -78,14 +92,15 @@ def launch(
 ) -> None:
     """Runs `kernel` on `grid` programs; nothing happens where one of its sides is 0.
 
-    `arguments` are tensors and numbers in the order of the kernel's parameters, `constants` its `tl.constexpr` ones.
+    `arguments` are tensors, numbers and tensor descriptors in the order of the kernel's parameters, `constants` its
+    `tl.constexpr` ones. The kernel is Triton's or Gluon's.
     Multiplications and additions are never contracted: a kernel says `tl.fma` where it wants one, so that two kernels
     that write the same arithmetic do the same arithmetic.
     """
     if 0 in grid:
         return
-    if _collected is not None:
-        _collected.append(_noted(kernel, arguments, constants, num_warps, num_stages))
+    if _runner is not None:
+        _runner(_noted(kernel, arguments, constants, num_warps, num_stages), grid, arguments)
         return
     kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **constants)
 
@@ -114,6 +129,9 @@ def _noted(
             signature[name] = "*" + _TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:
                 divisible.add(name)
+        elif hasattr(value, "block_shape"):
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):
