@@ -88,7 +88,8 @@ def walk(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor | Non
     launch(
         walk_kernel, (programs if plan.fixed else min(programs, number * K),),
         None if whole_tokens else q, q_map, k_map, v_map, out, lse, sums, softmaxes, items, lists.counts, plan.tables,
-        plan.last_keys, q.shape[0], spec.scale * math.log2(math.e), spec.window or 0, GROUP=group, KV_HEADS=K, DIM=dim, PADDED=triton.next_power_of_2(dim),
-        PAGE=plan.page_size if paged else 0, BOX=box, BLOCK_N=tiles.block_n, SPLIT=tiles.split,
-        WINDOWED=spec.window is not None, STAGES=stages, CONSUMERS=2 - place,
+        plan.last_keys, q.shape[0], spec.scale * math.log2(math.e), spec.window or 0,
+        GROUP=group, KV_HEADS=K, DIM=dim, PADDED=triton.next_power_of_2(dim), PAGE=plan.page_size if paged else 0,
+        BOX=box, BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None, STAGES=stages,
+        CONSUMERS=2 - place,
     )  # fmt: skip
