@@ -1,8 +1,8 @@
 """Which accesses to shared memory happen before which, so that two that nothing orders are an error.
 
-Every warp has a vector clock; barriers and mbarriers join them. Each four bytes of shared memory know who wrote them last
-and when, and when each warp read them last. A write is ordered before an access of another warp when that warp's clock
-has seen it. The async proxy (products that read shared memory, bulk copies) sees a write of ordinary instructions only
+Every warp has a vector clock; barriers and mbarriers join them. Each four bytes of shared memory know who wrote them
+last and when, and when each warp read them last. A write is ordered before an access of another warp when that warp's
+clock has seen it. The async proxy (products that read shared memory, bulk copies) sees a write of ordinary instructions only
 across a `fence.proxy.async` that lies between the two in this order (PTX ISA, "Memory consistency model", "Causality
 order"), so there is a second clock of what is fenced.
 

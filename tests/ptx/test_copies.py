@@ -39,8 +39,8 @@ _OUT = "ld.shared.v4.b32 {%r20, %r21, %r22, %r23}, [%r10]; st.global.v4.b32 [%rd
 @modes
 def test_copies_of_threads_are_there_after_their_wait(mode: dict[str, Any]) -> None:
     source, result = torch.randn(64, 4), torch.zeros(64, 4)
-    _run(f"{_PLACES} cp.async.cg.shared.global [%r10], [%rd1], 16; cp.async.commit_group; cp.async.wait_group 0; {_OUT}",
-         source, result, **mode)  # fmt: skip
+    _run(f"""{_PLACES} cp.async.cg.shared.global [%r10], [%rd1], 16; cp.async.commit_group;
+         cp.async.wait_group 0; {_OUT}""", source, result, **mode)  # fmt: skip
     assert torch.equal(result, source)
 
 
@@ -140,7 +140,9 @@ def test_a_tensor_copy_lies_under_its_swizzle_with_zeros_outside(mode: dict[str,
     x, y = start
     copy = ("cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes "
             f"[%r11], [%rd5, {{%r13, {y}}}], [%r12];")  # fmt: skip
-    body = _bulk(copy).replace("ld.param.u64 %rd5, [p0];", f"mov.b64 %rd5, p0; cvta.param.u64 %rd5, %rd5; mov.b32 %r13, {x};")
+    body = _bulk(copy).replace(
+        "ld.param.u64 %rd5, [p0];", f"mov.b64 %rd5, p0; cvta.param.u64 %rd5, %rd5; mov.b32 %r13, {x};"
+    )
     body = body.replace(element(0, 16, "%rd1"), "")
     _run(body, tensor_map, result, **mode)
     around = torch.zeros(215, 328, dtype=torch.bfloat16)
