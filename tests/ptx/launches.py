@@ -22,7 +22,7 @@ from tests.ptx.tensor_map import expanded
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
 _PROXY_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # older ones leave some out
 _compiled: dict[str, tuple[Module, Any]] = {}
-_machines: dict[tuple[str, str, str], Machine] = {}
+_machines: dict[tuple[str, str, str], tuple[Machine, Any]] = {}
 
 
 class Simulator:
@@ -39,7 +39,7 @@ class Simulator:
         # Constants are no parameters; the compiler's own two, for scratch memory, come last and are not used.
         given = [value for name, value in zip(launch.kernel.arg_names, arguments, strict=False)
                  if launch.signature[name] != "constexpr"]  # fmt: skip
-        given = expanded(given, getattr(metadata, "tensordesc_meta", None) or [])
+        given = expanded(given, getattr(metadata, "tensordesc_meta", None) or ())
         scratch = [None] * (len(machine.kernel.parameters) - len(given))
         machine.run(grid, [*given, *scratch])
 
@@ -55,19 +55,20 @@ def simulated(
 
 
 def machine_of(launch: Launch, schedule: str, completion: str) -> tuple[Machine, Any]:
-    """The kernel and what the compiler says of it: compiled and decoded once for what its code depends on."""
+    """The kernel, compiled and decoded once in a process for what its code depends on, and the compiler's metadata."""
     key = repr((launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
                 sorted(launch.divisible), launch.num_warps, launch.num_stages))  # fmt: skip
     if key not in _compiled:
         compiled = compiled_for(launch, CAPABILITY)
         _compiled[key] = (parse(compiled.asm["ptx"]), compiled.metadata)
-    module, metadata = _compiled[key]
     if (key, schedule, completion) not in _machines:
+        module, metadata = _compiled[key]
         (name,) = module.kernels
         threads = module.kernels[name].threads
         if threads is None:
             raise PTXError(f"{name} does not say how many threads a block has")
-        _machines[key, schedule, completion] = Machine(
-            module, name, threads, metadata.shared, schedule, completion, fences=_PROXY_FENCES or launch.gluon
-        )
-    return _machines[key, schedule, completion], metadata
+        _machines[key, schedule, completion] = (
+            Machine(module, name, threads, metadata.shared, schedule, completion,
+                    fences=_PROXY_FENCES or launch.gluon), metadata,
+        )  # fmt: skip
+    return _machines[key, schedule, completion]
