@@ -7,7 +7,6 @@ import subprocess
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from benchmarks.machine import Machine
 from benchmarks.timing import per_call
@@ -36,6 +35,8 @@ class Gpu(Machine):
 
 def measure(quick: bool = False) -> Gpu:
     """Measures torch's current GPU on random data."""
+    import triton  # here alone: it takes a second, and a machine without a GPU need not have it
+
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     read_bytes = 1 << 24 if quick else COPY_BYTES
     return Gpu(
