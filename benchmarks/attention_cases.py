@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -74,18 +75,19 @@ def under_each(make: Callable[..., Run], heads: list[Tensor]) -> dict[str, Run]:
     found: dict[str, Run] = {}
     for name, backend in SDPA.items():
         for suffix, tensors in given.items():
-            try:
+            with (
+                warnings.catch_warnings(),
+                suppress(RuntimeError),
+            ):  # no kernel, or no memory: torch says it no other way
+                warnings.simplefilter("ignore")  # why there is none
                 found[name + suffix] = _under(backend, make, tensors)
-            except RuntimeError:  # "no available kernel", or no memory: torch says so in no other way
-                continue
-            break
+                break
     return found
 
 
 def _under(backend: SDPBackend, make: Callable[..., Run], heads: list[Tensor]) -> Run:
     """Made and run once. Raises RuntimeError where the backend cannot."""
-    with warnings.catch_warnings(), sdpa_kernel(backend):
-        warnings.simplefilter("ignore")  # why a backend cannot
+    with sdpa_kernel(backend):
         function = make(*heads)
 
     def run() -> object:
