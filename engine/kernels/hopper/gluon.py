@@ -1,0 +1,19 @@
+"""What kernels for Hopper need of Gluon, by one name whatever the release of Triton is (3.6 or newer)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@builtin
+def reshaped(memory: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The same shared memory as an array of another shape and layout."""
+    sizes = [int(_unwrap_if_constexpr(size)) for size in _unwrap_if_constexpr(shape)]
+    return _semantic.memdesc_reinterpret(memory, memory.dtype, sizes, _unwrap_if_constexpr(layout))
