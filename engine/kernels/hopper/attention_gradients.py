@@ -162,23 +162,24 @@ def _add_queries(
         key = begin + index * KEYS
         stage, phase = _turn(index, STAGES)
         k = k_ring.index(stage)
+        v = v_ring.index(stage)
         mbarrier.wait(full.index(stage), phase)
         if key + KEYS > end:
             _zero_rows(k, end - key, PART)
+            _zero_rows(v, end - key, PART)
             _meet(zeroed)
         s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
-        d_p = warpgroup_mma(d_out, v_ring.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        d_p = warpgroup_mma(d_out, v.permute((1, 0)), none, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         p = gl.exp2(gl.fma(s, factor, -logs[:, None]))
-        d_p = warpgroup_mma_wait(0, deps=(d_p,))
-        d_s = p * (d_p - dots[:, None])
         if (key < full_begin) | (key + KEYS > full_end):
             keys = (key + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)))[None, :]
             visible = keys <= own[:, None]
             if WINDOW:
                 visible = visible & (keys > own[:, None] - WINDOW)
-            d_s = gl.where(visible, d_s, 0.0)
-        d_s = gl.convert_layout(d_s.to(k_ring.dtype), gl.DotOperandLayout(0, SUMS, 2))
+            p = gl.where(visible, p, 0.0)
+        d_p = warpgroup_mma_wait(0, deps=(d_p,))
+        d_s = gl.convert_layout((p * (d_p - dots[:, None])).to(k_ring.dtype), gl.DotOperandLayout(0, SUMS, 2))
         d_q = warpgroup_mma_wait(0, deps=(warpgroup_mma(d_s, k, d_q, is_async=True),))
         mbarrier.arrive(empty.index(stage))
 
