@@ -156,9 +156,11 @@ class Pool:
             os.kill(self._workers[rank].pid, signal.SIGUSR1)
         text = ""
         for rank in sorted(ranks):
-            until = time.monotonic() + 1.0
-            while not (stack := self._stack_file(rank).read_text()) and time.monotonic() < until:
-                time.sleep(0.02)
+            until = time.monotonic() + 5.0
+            stack, before = self._stack_file(rank).read_text(), ""
+            while (not stack.endswith("\n") or stack != before) and time.monotonic() < until:  # written by lines
+                time.sleep(0.1)
+                stack, before = self._stack_file(rank).read_text(), stack
             text += f"\nrank {rank}:\n{stack}"
         return text
 

@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, DIM < 128 ? 2 : 1) decode(const Atte
   for (int number = blockIdx.x; number < work; number += gridDim.x) {
     const int head = number % num_kv_heads;
     const int* const item = a.items + int64_t(number / num_kv_heads) * kItem;
-    const int first_row = item[0], num_rows = item[1], key_begin = item[3], key_end = item[4];
+    const int first_row = item[0], num_rows = min(item[1], int(a.num_tokens) * group - first_row);  // may be none
+    const int key_begin = item[3], key_end = item[4];
     const int seen_begin = item[5], seen_end = item[6], partial = item[7];
     const int* const table = a.tables + item[2];
     const int num_tiles = (key_end - key_begin + kKeys - 1) / kKeys;
@@ -421,14 +422,16 @@ __global__ void __launch_bounds__(kThreads, DIM < 128 ? 2 : 1) decode(const Atte
 }
 
 // Rows whose splits went to memory: a warp folds one row's in order, DIM / 32 columns in a thread.
+// 8 blocks on a multiprocessor, no more: left alone, the compiler saves registers for 16 and spills some.
 template <class T, int DIM>
-__global__ void __launch_bounds__(kThreads) fold(const AttentionDecode a) {
+__global__ void __launch_bounds__(kThreads, 8) fold(const AttentionDecode a) {
   constexpr int kPairs = (DIM / 2 + 31) / 32;  // of columns in a thread; at 96 only half of the threads have a second
   const int lane = threadIdx.x % 32, num_heads = int(a.num_heads);
   const int work = a.counts[2] * num_heads;
   for (int number = blockIdx.x * kWarps + threadIdx.x / 32; number < work; number += gridDim.x * kWarps) {
     const int* const turn = a.turns + int64_t(number / num_heads) * kTurn;
     const int head = number % num_heads, num_parts = turn[2];
+    if (turn[0] >= a.num_tokens) continue;
     const int* const parts = a.parts + turn[1];
     float top = kNoScore, sum = 0.f, acc[kPairs][2] = {};
 #pragma unroll 4
@@ -516,6 +519,8 @@ void check_arguments(const AttentionDecode& a) {
     refuse("page_size is " + number(a.page_size) + "; it must be a multiple of 16");
   if (a.window < 0) refuse("window is " + number(a.window) + "; it must be at least 1, or 0 for none");
   if (!(a.factor > 0)) refuse("factor is " + std::to_string(a.factor) + "; it must be positive");
+  if (a.rows_of_tile < 1 || a.rows_of_tile > kRows)
+    refuse("the plan has tiles of " + number(a.rows_of_tile) + " rows; it takes up to " + number(kRows));
   if (a.keys_of_tile != keys_of_tile(a.head_dim) || a.split != kSplit)
     refuse("the plan has tiles of " + number(a.keys_of_tile) + " keys and splits of " + number(a.split) +
            "; the bits need " + number(keys_of_tile(a.head_dim)) + " and " + number(kSplit));

@@ -8,7 +8,8 @@ enum class CudaType : int { kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3 };
 
 // Addresses are of device memory. `items`, `counts`, `turns`, `parts`, `tables` and `last_keys` are the int32 lists of
 // engine/kernels/triton/attention_plan.py, with tiles of at most 16 rows; how long they are is read on the device, so
-// that a recorded launch takes in the next batch.
+// that a recorded launch takes in the next batch. The lists may name rows past num_tokens, of a batch that is larger than
+// what the launch is recorded for: these are left alone.
 struct AttentionDecode {
   const void* q;             // [T, H, Dh]: normed, turned and rounded
   const void* keys;          // [num_pages, K, page_size, Dh]
@@ -23,8 +24,8 @@ struct AttentionDecode {
   float* sums;               // [.., H, Dh]: partial results, their products with V
   float* softmaxes;          // [.., H, 2]: their maximum and their sum
   CudaType type, page_type;
-  int64_t num_heads, num_kv_heads, head_dim, page_size, window;  // a window of 0 is none
-  int64_t keys_of_tile, split;                                   // as the lists were made
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim, page_size, window;  // a window of 0 is none
+  int64_t rows_of_tile, keys_of_tile, split;                                 // as the lists were made
   float factor;              // scale * log2(e)
   bool tree_sums;            // how the Triton beside it adds up within a thread
   bool has_turns;            // whether there may be rows to fold

@@ -21,16 +21,16 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("BFLOAT16") = int(CudaType::kBFloat16);
   m.attr("FLOAT16") = int(CudaType::kFloat16);
   m.attr("E4M3") = int(CudaType::kE4M3);
-  // types: of queries and of pages; shape: H, K, Dh, page size, window, keys of a tile, keys of a split
+  // types: of queries and of pages; shape: T, H, K, Dh, page size, window, rows and keys of a tile, keys of a split
   m.def("attention_decode",
         [](Address q, Address keys, Address values, Address items, Address counts, Address turns, Address parts,
            Address tables, Address last_keys, Address out, Address sums, Address softmaxes, std::array<int, 2> types,
-           std::array<int64_t, 7> shape, float factor, bool tree_sums, bool has_turns, Address stream) {
-          const auto [heads, kv_heads, dim, page_size, window, keys_of_tile, split] = shape;
+           std::array<int64_t, 9> shape, float factor, bool tree_sums, bool has_turns, Address stream) {
+          const auto [tokens, heads, kv_heads, dim, page_size, window, rows_of_tile, keys_of_tile, split] = shape;
           attention_decode({at(q), at(keys), at(values), at<int32_t>(items), at<int32_t>(counts), at<int32_t>(turns),
                             at<int32_t>(parts), at<int32_t>(tables), at<int32_t>(last_keys), at(out), at<float>(sums),
-                            at<float>(softmaxes), CudaType(types[0]), CudaType(types[1]), heads, kv_heads, dim,
-                            page_size, window, keys_of_tile, split, factor, tree_sums, has_turns},
+                            at<float>(softmaxes), CudaType(types[0]), CudaType(types[1]), tokens, heads, kv_heads, dim,
+                            page_size, window, rows_of_tile, keys_of_tile, split, factor, tree_sums, has_turns},
                            at(stream));
         },
         py::call_guard<py::gil_scoped_release>());

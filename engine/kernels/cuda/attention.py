@@ -62,6 +62,7 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, sums: Tensor, s
            plan: DevicePlan, lists: WorkLists, tiles: Tiles) -> None:  # fmt: skip
     """Fills the rows of `out` [T, H Dh] that `lists.decode` names, then folds all partial results: those that Triton
     left in `sums` [.., H, Dh] and `softmaxes` [.., H, 2] too. `q` [T, H, Dh] is rotated; all are on one CUDA device.
+    Rows that the lists name past T, of a plan that holds a larger batch, are left alone.
 
     Raises InputError for what the kernels do not take, before anything is launched.
     """
@@ -71,7 +72,7 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, sums: Tensor, s
     lists_of = (lists.decode, lists.counts, lists.turns, lists.parts, plan.tables, plan.last_keys)
     tensors = (q, keys, values, *lists_of, out, sums, softmaxes)
     heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    shape = (*heads, plan.page_size, spec.window or 0, tiles.block_n, tiles.split)
+    shape = (q.shape[0], *heads, plan.page_size, spec.window or 0, tiles.decode_m, tiles.block_n, tiles.split)
     types = (_code(q.dtype), _code(keys.dtype))
     factor = spec.scale * math.log2(math.e)
     try:

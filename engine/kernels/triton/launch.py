@@ -90,6 +90,16 @@ def launch(
     kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **constants)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """`x` [rows, columns], or a copy of it where it lies so that loads of its rows would be narrower than usual: how
+    wide they are decides how a row's elements are dealt to threads, and so the order of its sum, which must not depend
+    on where a tensor happens to lie. Rows of other than multiples of 16 are loaded element by element wherever they
+    lie; of the others, Triton's compiler wants the address in bytes and the stride in elements to be multiples of 16.
+    """
+    lies_well = x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+    return x if lies_well or x.shape[1] % 16 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _noted(
     kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int, num_stages: int
 ) -> Launch:

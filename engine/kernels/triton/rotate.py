@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.kernels.attention_pages import AttentionSpec
 from engine.kernels.graph import empty
 from engine.kernels.triton.attention_plan import DevicePlan
-from engine.kernels.triton.launch import launch
+from engine.kernels.triton.launch import aligned, launch
 from engine.kernels.weight import Weight
 
 _ROWS = 32  # (token, head) rows of a program: with 128 columns, 32 elements for each of 128 threads
@@ -69,12 +69,6 @@ def forward(
                 ROWS=_ROWS,
             )  # fmt: skip
     return q, keys, values
-
-
-def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where its rows do not start at multiples of 16 bytes: how wide the loads are decides the
-    order of a row's sum, so it must not depend on where a tensor happens to lie."""
-    return x if x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 else x.clone().contiguous()
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.graph import empty
-from engine.kernels.triton.launch import launch
+from engine.kernels.triton.launch import aligned, launch
 from engine.kernels.triton.softmax_row import (
     TILE,
     fold_width,
@@ -43,6 +43,7 @@ def forward(
     rows, vocab = logits.shape
     if vocab > _LARGEST_VOCABULARY:
         raise InputError(f"logits are of {vocab} ids; this kernel sums the masses of {_LARGEST_VOCABULARY} at most")
+    logits = aligned(logits)
     tokens, logprobs, kept_mass = (empty((rows,), each, logits.device) for each in (torch.int32, *[torch.float32] * 2))
     by_tile, by_row = row_statistics(logits, None, temperature)
     inputs = (logits, temperature, top_k, top_p, min_p, seed, counter, by_tile, by_row)
@@ -195,8 +196,9 @@ def _cut_mass(row, cut_key, cut_id, needed):
         low = tl.where(tight, lowest.to(tl.int64), tl.where(enough, middle, low))
         high = tl.where(tight, lowest.to(tl.int64), tl.where(enough, high, middle - 1))
     key = low.to(tl.int32)
-    _, _, each, _ = _measure(row, cut_key, cut_id, key, True)
-    _, above, _, _ = _measure(row, cut_key, cut_id, key + 1, True)
+    tied, mass, _, _ = _measure(row, cut_key, cut_id, key, True)
+    fewer, above, _, _ = _measure(row, cut_key, cut_id, key + 1, True)
+    each = (mass - above) // (tied - fewer)  # of those with that key; no other's, for exp need not be monotonic
     ties = (needed - above + each - 1) // each
     return key, _id_of_tie(row, key, ties.to(tl.int32)), above + ties * each
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.launch import launch
+from engine.kernels.triton.launch import aligned, launch
 
 TILE: tl.constexpr = tl.constexpr(4096)
 
@@ -32,6 +32,7 @@ def row_statistics(
     Of `inv_temperature` and `temperature`, float32 [R] both, at most one is given; a temperature of 0 counts as 1. A
     row of nothing but -inf has a NaN total.
     """
+    logits = aligned(logits)
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, TILE.value)
     by_tile = torch.empty((rows, tiles, 3), dtype=torch.float32, device=logits.device)

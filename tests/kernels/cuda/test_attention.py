@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,9 +32,10 @@ def call(spec: AttentionSpec = SPEC, dtype: torch.dtype = torch.bfloat16, shift:
     with use_backend("triton"):
         keys, values = allocate_pages(7, 16, spec, torch.bfloat16)
     plan = plan_of([1], [100], tables_of([100], list(range(7)))).on_device(torch.device("cpu"))
-    tiles = replace(tiles_of(spec, torch.bfloat16, torch.device("cpu")), decode_m=16, **tiling)
+    tiles = replace(tiles_of(spec, torch.bfloat16, torch.device("cpu")), **{"decode_m": 16, **tiling})
     lists = plan.lists(spec.num_heads // spec.num_kv_heads, spec.num_kv_heads, spec.window or 0, tiles)
-    q = torch.zeros(2 * spec.num_heads * spec.head_dim, dtype=dtype)[shift:]
+    size = spec.num_heads * spec.head_dim
+    q = torch.zeros(2 * size, dtype=dtype)[shift : shift + size].view(1, spec.num_heads, spec.head_dim)
     sums, softmaxes = torch.zeros(64), torch.zeros(64)
     decode(q, keys, values, torch.zeros_like(q), sums, softmaxes, spec, plan, lists, tiles)
 
@@ -44,6 +46,7 @@ def call(spec: AttentionSpec = SPEC, dtype: torch.dtype = torch.bfloat16, shift:
         ({"spec": AttentionSpec(8, 2, 80)}, "head_dim is 80; it takes 64, 96, 128 and 256"),
         ({"dtype": torch.float32}, "queries are of type 0"),
         ({"dtype": torch.float16}, "pages are of type 1"),
+        ({"decode_m": 64}, "tiles of 64 rows; it takes up to 16"),
         ({"block_n": 32}, "tiles of 32 keys and splits of 512; the bits need 128 and 512"),
         ({"split": 1024}, "splits of 1024"),
         ({"shift": 1}, "multiples of 16 bytes"),
@@ -96,6 +99,23 @@ def test_it_is_given_tiles_of_at_most_16_rows_and_triton_the_rest(monkeypatch: p
     with use_backend("triton"):
         expected = attention(qkv, SPEC, rope, plan, keys, values)
     assert torch.equal(out[5:], expected[5:])  # Triton's share; the rows before are the decode's to fill
+
+
+def test_it_is_told_how_many_rows_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of two rows is captured while its plan may hold a batch of three: the third row is nobody's memory."""
+    from engine.kernels.cuda import attention as cuda_attention
+
+    given: list[Any] = []
+    extension = SimpleNamespace(BFLOAT16=1, FLOAT16=2, E4M3=3, attention_decode=lambda *values: given.append(values))
+    monkeypatch.setattr(cuda_attention, "cuda_extension", lambda: extension)
+    plan = plan_of([1, 1, 1], [20, 30, 30], tables_of([20, 30, 30], list(range(6))))
+    plan.on_device(torch.device(DEVICE)).reserve(8, 8, 64)
+    with use_backend("triton"), torch.device(DEVICE):
+        keys, values = allocate_pages(6, 16, SPEC, torch.float32)
+    qkv, rope = randn(2, SPEC.row_size).to(DEVICE), rope_table(64, 1e4, None, 64).to(DEVICE)
+    cuda_attention.forward(qkv, None, SPEC, rope, plan, keys, values, None, None, False)
+    ((*_, shape, _, _, _, _),) = given
+    assert shape == (2, 8, 2, 64, 16, 0, 16, 32, 512)
 
 
 @pytest.mark.skipif(not GPU, reason="there is no GPU")

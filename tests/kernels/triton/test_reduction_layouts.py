@@ -44,6 +44,9 @@ from engine.kernels.token_logprob import logits_logprob
 from engine.kernels.triton.launch import collecting
 from engine.kernels.weight import Weight
 
+def elsewhere(x):  # where no address is a multiple of 16
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+
 with use_backend("triton"), collecting() as launches:
     for width in (4096, 41):
         weight = Weight("w", (width,), torch.bfloat16, packed=False)
@@ -52,9 +55,11 @@ with use_backend("triton"), collecting() as launches:
         add_rms_norm(x, None, weight, 1e-5)
         add_rms_norm(x, x, weight, 1e-5)
         rms_norm(x.clone().requires_grad_(), weight, 1e-5)
+        rms_norm(elsewhere(x), weight, 1e-5)
     for vocab in (131072, 50257):
         logits, knob, ids = torch.empty(8, vocab), torch.empty(8), torch.zeros(8, dtype=torch.int32)
         sample_token(logits, knob, ids, knob, knob, ids.long(), ids.long())
+        logits_logprob(elsewhere(logits), ids)
         logits_logprob(logits, ids)
         logits_logprob(logits, ids, knob)
         shard_statistics(logits, ids[:, None], knob)
@@ -139,11 +144,11 @@ def test_variants_that_must_agree_bitwise_reduce_in_one_layout(
     layouts: dict[str, list[list[str]]], kernel: str
 ) -> None:
     """RMSNorm with and without an addition, for sampling and for training; a row's statistics for the sampler, with a
-    temperature, without one, and for shards."""
+    temperature, without one, and for shards; either of tensors that begin anywhere."""
     shapes = [launches for key, launches in layouts.items() if key.split()[0] == kernel]
     assert len(shapes) == 2
     for launches in shapes:
-        assert len(launches) == 4
+        assert len(launches) == 5
         assert launches[0], "the kernel was compiled without a reduction"
         assert all(each == launches[0] for each in launches), launches
 
