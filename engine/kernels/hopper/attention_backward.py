@@ -14,7 +14,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.graph import empty
-from engine.kernels.hopper.attention_gradients import _grad_keys, _grad_queries, _row_statistics
+from engine.kernels.hopper.attention_gradients import grad_keys, grad_queries, row_statistics
 from engine.kernels.triton import attention_backward as plain
 from engine.kernels.triton.attention_backward_work import Tiles
 from engine.kernels.triton.attention_plan import DevicePlan
@@ -26,20 +26,23 @@ if TYPE_CHECKING:
     from engine.kernels.attention import AttentionPlan, AttentionSpec
 
 _STAGES = 4
-_KEY_ROWS = 64  # of a step of _grad_keys
+_KEY_ROWS = 64  # of a step of grad_keys
 _STATISTICS_ROWS = 32  # of a program
 
 
 def serves(spec: AttentionSpec, dtype: torch.dtype) -> bool:
-    """Whether these kernels do attention of this shape: heads of 64 or 128 in 16 bits, and groups of query heads of
-    which a whole number makes 64 rows, since the copies are boxes of tokens and heads."""
+    """Whether these kernels do attention of this shape: heads of 64 or 128 in 16 bits. A token has a power of 2 of rows,
+    of which a quarter at most may be nobody's: the plain kernels waste less."""
     group = spec.num_heads // spec.num_kv_heads
-    return dtype.itemsize == 2 and spec.head_dim in (64, 128) and 64 % group == 0
+    padded = triton.next_power_of_2(group)
+    return dtype.itemsize == 2 and spec.head_dim in (64, 128) and padded <= 64 and 4 * group >= 3 * padded
 
 
-def tiles_for(head_dim: int) -> Tiles:
-    """Two warpgroups of 64 rows or keys. A step of 128 keys leaves heads of 128 no registers."""
-    return Tiles(128, 128 if head_dim == 64 else 64, 128, _KEY_ROWS, 4, _STAGES, apart=True)
+def tiles_for(spec: AttentionSpec) -> Tiles:
+    """Two warpgroups of 64 rows or keys. Steps of 128 keys leave heads of 128 no registers."""
+    padded = triton.next_power_of_2(spec.num_heads // spec.num_kv_heads)
+    keys = 128 if spec.head_dim == 64 else 64
+    return Tiles(128, keys, 128, _KEY_ROWS, 4, _STAGES, apart=True, token_rows=padded)
 
 
 def backward(
@@ -58,7 +61,7 @@ def backward(
     arguments = aligned(d_out), out, lse, qkv, kv, spec, rope, plan, q_norm, k_norm
     if not serves(spec, qkv.dtype):
         return plain.backward(*arguments)
-    return plain.backward(*arguments, tiles=tiles_for(spec.head_dim), walks=_walks)
+    return plain.backward(*arguments, tiles=tiles_for(spec), walks=_walks)
 
 
 def _walks(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Tensor, turned_q: Tensor,
@@ -69,25 +72,27 @@ def _walks(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Ten
         turned_k.zero_()
         d_values[: plan.num_keys].zero_()
         return
-    group, tiles = heads // kv_heads, tiles_for(dim)
-    pitch = triton.cdiv(len(q) * group, 4) * 4  # copies start rows at multiples of 16 bytes
+    group, tiles = heads // kv_heads, tiles_for(spec)
+    padded = tiles.token_rows
+    pitch = triton.cdiv(len(q) * padded, 4) * 4  # copies start rows at multiples of 16 bytes
     statistics = empty((4 * kv_heads, pitch), torch.float32, q.device)
-    num_rows = plan.num_tokens * heads
+    num_rows = plan.num_tokens * kv_heads * padded
+    shape = {"HEADS": heads, "GROUP": group, "PADDED": padded, "DIM": dim}
     launch(
-        _row_statistics, (triton.cdiv(num_rows, _STATISTICS_ROWS),), d_out, out, lse, plan.last_keys, statistics,
-        num_rows, pitch, HEADS=heads, GROUP=group, DIM=dim, ROWS=_STATISTICS_ROWS,
+        row_statistics, (triton.cdiv(num_rows, _STATISTICS_ROWS),), d_out, out, lse, plan.last_keys, statistics,
+        num_rows, pitch, ROWS=_STATISTICS_ROWS, **shape,
     )  # fmt: skip
-    queries, d_outs = (_boxes(x.view(-1, heads, dim), [64 // group, group, dim]) for x in (q, d_out))
+    queries, d_outs = (_boxes(x.view(-1, heads, dim), [64 // padded, padded, dim]) for x in (q, d_out))
     scalars = spec.scale * plain.LOG2E, spec.scale
-    shape = {"HEADS": heads, "GROUP": group, "DIM": dim, "WINDOW": spec.window or 0, "STAGES": _STAGES, "num_warps": 4}
+    shape |= {"WINDOW": spec.window or 0, "STAGES": _STAGES, "num_warps": 4}
     keys, values = (_boxes(x.view(-1, kv_heads * dim), [tiles.query_keys, dim]) for x in (k, v))
     launch(
-        _grad_queries, (len(query_work), kv_heads), queries, d_outs, keys, values, statistics, plan.last_keys, turned_q,
+        grad_queries, (len(query_work), kv_heads), queries, d_outs, keys, values, statistics, plan.last_keys, turned_q,
         query_work, pitch, *scalars, KEYS=tiles.query_keys, **shape,
     )  # fmt: skip
     keys, values = (_boxes(x.view(-1, kv_heads * dim), [64, dim]) for x in (k, v))
     launch(
-        _grad_keys, (len(key_work), kv_heads), queries, d_outs, keys, values, _boxes(statistics, [4, _KEY_ROWS]),
+        grad_keys, (len(key_work), kv_heads), queries, d_outs, keys, values, _boxes(statistics, [4, _KEY_ROWS]),
         turned_k, d_values, key_work, d_values.stride(0), *scalars, ROWS=_KEY_ROWS, **shape,
     )  # fmt: skip
 

@@ -4,8 +4,8 @@ A block is two warpgroups that multiply, each with 64 of the tile's 128 rows (or
 own side stays in shared memory; the other side comes by TMA into a ring of stages, each guarded by a barrier that
 counts its bytes (`full`) and one that counts the warpgroups that are through with it (`empty`):
 
-  _grad_queries, a tile of rows:   walks keys:   S = Q K', dP = dO V', dS = P (dP - D),   dQ += dS K
-  _grad_keys, a tile of keys:      walks rows:   S' = K Q', dP' = V dO',   dV += P' dO,   dK += dS' Q
+  grad_queries, a tile of rows:   walks keys:   S = Q K', dP = dO V', dS = P (dP - D),   dQ += dS K
+  grad_keys, a tile of keys:      walks rows:   S' = K Q', dP' = V dO',   dV += P' dO,   dK += dS' Q
 
 P = 2^(c S - L). S and dP are issued together, and 2^x is taken while dP is still being multiplied; for the rest a
 warpgroup leaves the tensor cores to the other one. P and dS go to the products that they enter in registers, rounded to
@@ -40,23 +40,29 @@ _HALF = gl.constexpr(64)  # rows or keys of a warpgroup
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _row_statistics(
+def row_statistics(
     d_out, out, lse, last_keys, statistics, num_rows, pitch,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What _grad_keys wants of a row beside Q and dO: L, D = rowsum(dO O), and the last key it sees (an integer's bits).
-    Rows that share a kv head lie side by side; of the four arrays of such a head the last is free."""
+    """What grad_keys wants of a row beside Q and dO: L, D = rowsum(dO O), and the last key it sees (an integer's bits).
+
+    Rows that share a kv head lie side by side, PADDED a token; of the four arrays of such a head the last is free. Rows
+    that are no query head's have L infinite and D 0, hence P = dS = 0, whatever their Q and dO.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = row < num_rows
-    at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    token, place = row // (HEADS // GROUP * PADDED), row % PADDED
+    kv_head = row // PADDED % (HEADS // GROUP)
+    inside = row < num_rows
+    valid = inside & (place < GROUP)
+    head = token.to(tl.int64) * HEADS + kv_head * GROUP + place
+    at = head[:, None] * DIM + tl.arange(0, DIM)[None, :]
     d_out_tile = tl.load(d_out + at, mask=valid[:, None], other=0.0).to(tl.float32)
     dots = tl.sum(d_out_tile * tl.load(out + at, mask=valid[:, None], other=0.0).to(tl.float32), 1)
-    head = row % HEADS
-    to = statistics + (head // GROUP * 4).to(tl.int64) * pitch + row // HEADS * GROUP + head % GROUP
-    tl.store(to, tl.load(lse + row, mask=valid, other=0.0), mask=valid)
-    tl.store(to + pitch, dots, mask=valid)
-    own = tl.load(last_keys + row // HEADS, mask=valid, other=0)
-    tl.store(to + 2 * pitch, own.to(tl.float32, bitcast=True), mask=valid)
+    own = tl.load(last_keys + token, mask=inside, other=0)
+    to = statistics + (kv_head * 4).to(tl.int64) * pitch + token * PADDED + place
+    tl.store(to, tl.load(lse + head, mask=valid, other=float("inf")), mask=inside)
+    tl.store(to + pitch, dots, mask=inside)
+    tl.store(to + 2 * pitch, own.to(tl.float32, bitcast=True), mask=inside)
 
 
 @gluon.constexpr_function
@@ -111,18 +117,18 @@ def _meet(zeroed):
 
 
 @gluon.jit
-def _query_rows(work, GROUP: gl.constexpr):
+def _query_rows(work, PADDED: gl.constexpr):
     """First token of a tile of rows, and the one after its sequence's last."""
     item = work + gl.program_id(0) * 4
-    return gl.load(item, volatile=True) + gl.load(item + 2, volatile=True) // GROUP, gl.load(item + 1, volatile=True)
+    return gl.load(item, volatile=True) + gl.load(item + 2, volatile=True) // PADDED, gl.load(item + 1, volatile=True)
 
 
 @gluon.jit
-def _key_range(work, last_keys, GROUP: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr):
+def _key_range(work, last_keys, PADDED: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr):
     """First and last key + 1 that a tile of rows sees, and those between which every row sees every key."""
-    first, last_token = _query_rows(work, GROUP)
+    first, last_token = _query_rows(work, PADDED)
     lowest = gl.load(last_keys + first)
-    end = gl.load(last_keys + gl.minimum(first + 2 * _HALF // GROUP, last_token) - 1) + 1
+    end = gl.load(last_keys + gl.minimum(first + 2 * _HALF // PADDED, last_token) - 1) + 1
     begin = 0
     full_begin = 0
     if WINDOW:
@@ -134,25 +140,25 @@ def _key_range(work, last_keys, GROUP: gl.constexpr, KEYS: gl.constexpr, WINDOW:
 @gluon.jit
 def _add_queries(
     barriers, tiles, inputs, turned,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
     STAGES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """dQ of 64 rows: what a warpgroup of _grad_queries does."""
+    """dQ of 64 rows: what a warpgroup of grad_queries does."""
     resident, full, empty, zeroed = barriers
     q_rows, d_out_rows, k_ring, v_ring = tiles
     statistics, last_keys, work, pitch, factor, scale = inputs
     SCORES: gl.constexpr = _product_of(KEYS)
     SUMS: gl.constexpr = _product_of(DIM)
     kv_head = gl.program_id(1)
-    begin, end, full_begin, full_end = _key_range(work, last_keys, GROUP, KEYS, WINDOW)
-    first, last_token = _query_rows(work, GROUP)
-    first += PART * (_HALF // GROUP)
+    begin, end, full_begin, full_end = _key_range(work, last_keys, PADDED, KEYS, WINDOW)
+    first, last_token = _query_rows(work, PADDED)
+    first += PART * (_HALF // PADDED)
     lane = gl.arange(0, _HALF, gl.SliceLayout(1, SCORES))
-    valid = first + lane // GROUP < last_token
-    at = statistics + (kv_head * 4).to(gl.int64) * pitch + first * GROUP + lane
+    valid = first + lane // PADDED < last_token
+    at = statistics + (kv_head * 4).to(gl.int64) * pitch + first * PADDED + lane
     logs = gl.load(at, mask=valid, other=0.0)
     dots = gl.load(at + pitch, mask=valid, other=0.0)
-    own = gl.load(last_keys + first + lane // GROUP, mask=valid, other=-1)
+    own = gl.load(last_keys + first + lane // PADDED, mask=valid, other=-1)
     d_q = gl.zeros([_HALF, DIM], gl.float32, SUMS)
     none = gl.zeros([_HALF, KEYS], gl.float32, SCORES)
     mbarrier.wait(resident, 0)
@@ -183,30 +189,30 @@ def _add_queries(
         d_q = warpgroup_mma_wait(0, deps=(warpgroup_mma(d_s, k, d_q, is_async=True),))
         mbarrier.arrive(empty.index(stage))
 
-    first, last_token = _query_rows(work, GROUP)
+    first, last_token = _query_rows(work, PADDED)
     lane = gl.arange(0, _HALF, gl.SliceLayout(1, SUMS))
-    token = first + PART * (_HALF // GROUP) + lane // GROUP
-    at = (token.to(gl.int64) * HEADS + kv_head * GROUP + lane % GROUP) * DIM
+    token = first + PART * (_HALF // PADDED) + lane // PADDED
+    at = (token.to(gl.int64) * HEADS + kv_head * GROUP + lane % PADDED) * DIM
     to = turned + at[:, None] + gl.arange(0, DIM, gl.SliceLayout(0, SUMS))[None, :]
-    gl.store(to, d_q * scale, mask=(token < last_token)[:, None])
+    gl.store(to, d_q * scale, mask=((token < last_token) & (lane % PADDED < GROUP))[:, None])
 
 
 @gluon.jit
 def _load_keys(
     barriers, tiles, sources, last_keys, work,
-    GROUP: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What the loading warp of _grad_queries does."""
+    """What the loading warp of grad_queries does."""
     resident, full, empty, _ = barriers
     q_rows, d_out_rows, k_ring, v_ring = tiles
     q, d_out, k, v = sources
     kv_head = gl.program_id(1)
-    first, _ = _query_rows(work, GROUP)
-    begin, end, _, _ = _key_range(work, last_keys, GROUP, KEYS, WINDOW)
+    first, _ = _query_rows(work, PADDED)
+    begin, end, _, _ = _key_range(work, last_keys, PADDED, KEYS, WINDOW)
     first_key = gl.load(work + gl.program_id(0) * 4 + 3)
     mbarrier.expect(resident, 4 * _HALF * DIM * 2)
     for part in gl.static_range(2):
-        at = first + part * (_HALF // GROUP)
+        at = first + part * (_HALF // PADDED)
         load_tile(q, [at, kv_head * GROUP, 0], resident, q_rows.index(part))
         load_tile(d_out, [at, kv_head * GROUP, 0], resident, d_out_rows.index(part))
     for index in range(gl.cdiv(end - begin, KEYS)):
@@ -219,13 +225,13 @@ def _load_keys(
 
 
 @gluon.jit
-def _grad_queries(
+def grad_queries(
     q, d_out, k, v, statistics, last_keys, turned, work, pitch, factor, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    q_rows = gl.allocate_shared_memory(q.dtype, [2, _HALF // GROUP, GROUP, DIM], q.layout)
-    d_out_rows = gl.allocate_shared_memory(q.dtype, [2, _HALF // GROUP, GROUP, DIM], q.layout)
+    q_rows = gl.allocate_shared_memory(q.dtype, [2, _HALF // PADDED, PADDED, DIM], q.layout)
+    d_out_rows = gl.allocate_shared_memory(q.dtype, [2, _HALF // PADDED, PADDED, DIM], q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, DIM], k.layout)
     v_ring = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, DIM], k.layout)
     resident = _barriers(1, 1).index(0)
@@ -238,9 +244,9 @@ def _grad_queries(
     inputs = (statistics, last_keys, work, pitch, factor, scale)
     gl.warp_specialize(
         [
-            (_add_queries, (barriers, tiles, inputs, turned, HEADS, GROUP, DIM, KEYS, WINDOW, STAGES, 0)),
-            (_add_queries, (barriers, tiles, inputs, turned, HEADS, GROUP, DIM, KEYS, WINDOW, STAGES, 1)),
-            (_load_keys, (barriers, tiles, (q, d_out, k, v), last_keys, work, GROUP, DIM, KEYS, WINDOW, STAGES)),
+            (_add_queries, (barriers, tiles, inputs, turned, HEADS, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES, 0)),
+            (_add_queries, (barriers, tiles, inputs, turned, HEADS, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES, 1)),
+            (_load_keys, (barriers, tiles, (q, d_out, k, v), last_keys, work, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -248,28 +254,28 @@ def _grad_queries(
 
 
 @gluon.jit
-def _row_range(work, GROUP: gl.constexpr):
+def _row_range(work, PADDED: gl.constexpr):
     """First token that sees a key of a tile; rows from there on to walk; those between which every row sees them all."""
     item = work + gl.program_id(0) * 7
     seen = gl.load(item + 3)
-    end = (gl.load(item + 6) - seen) * GROUP
-    return seen, end, (gl.load(item + 4) - seen) * GROUP, gl.minimum((gl.load(item + 5) - seen) * GROUP, end)
+    end = (gl.load(item + 6) - seen) * PADDED
+    return seen, end, (gl.load(item + 4) - seen) * PADDED, gl.minimum((gl.load(item + 5) - seen) * PADDED, end)
 
 
 @gluon.jit
 def _add_keys(
     barriers, tiles, inputs, turned, d_values,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr,
     STAGES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 64 keys: what a warpgroup of _grad_keys does."""
+    """dK and dV of 64 keys: what a warpgroup of grad_keys does."""
     resident, full, empty, zeroed = barriers
     k_rows, v_rows, q_ring, d_out_ring, statistics_ring = tiles
     work, d_row, factor, scale = inputs
     SCORES: gl.constexpr = _product_of(ROWS)
     SUMS: gl.constexpr = _product_of(DIM)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    _, end, full_begin, full_end = _row_range(work, GROUP)
+    _, end, full_begin, full_end = _row_range(work, PADDED)
     item = work + gl.program_id(0) * 7
     key = gl.load(item + 1) + PART * _HALF
     k = k_rows.index(PART)
@@ -323,14 +329,14 @@ def _add_keys(
 @gluon.jit
 def _load_rows(
     barriers, tiles, sources, work,
-    GROUP: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What the loading warp of _grad_keys does."""
+    """What the loading warp of grad_keys does."""
     resident, full, empty, _ = barriers
     k_rows, v_rows, q_ring, d_out_ring, statistics_ring = tiles
     q, d_out, k, v, statistics = sources
     kv_head = gl.program_id(1)
-    seen, end, _, _ = _row_range(work, GROUP)
+    seen, end, _, _ = _row_range(work, PADDED)
     item = work + gl.program_id(0) * 7
     key = gl.load(item) + gl.load(item + 1)
     mbarrier.expect(resident, 4 * _HALF * DIM * 2)
@@ -338,25 +344,25 @@ def _load_rows(
         load_tile(k, [key + part * _HALF, kv_head * DIM], resident, k_rows.index(part))
         load_tile(v, [key + part * _HALF, kv_head * DIM], resident, v_rows.index(part))
     for index in range(gl.cdiv(end, ROWS)):
-        token = seen + index * (ROWS // GROUP)
+        token = seen + index * (ROWS // PADDED)
         stage, phase = _turn(index, STAGES)
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(full.index(stage), 2 * ROWS * DIM * 2 + 4 * ROWS * 4)
         load_tile(q, [token, kv_head * GROUP, 0], full.index(stage), q_ring.index(stage))
         load_tile(d_out, [token, kv_head * GROUP, 0], full.index(stage), d_out_ring.index(stage))
-        load_tile(statistics, [kv_head * 4, token * GROUP], full.index(stage), statistics_ring.index(stage))
+        load_tile(statistics, [kv_head * 4, token * PADDED], full.index(stage), statistics_ring.index(stage))
 
 
 @gluon.jit
-def _grad_keys(
+def grad_keys(
     q, d_out, k, v, statistics, turned, d_values, work, d_row, factor, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     k_rows = gl.allocate_shared_memory(k.dtype, [2, _HALF, DIM], k.layout)
     v_rows = gl.allocate_shared_memory(k.dtype, [2, _HALF, DIM], k.layout)
-    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, ROWS // GROUP, GROUP, DIM], q.layout)
-    d_out_ring = gl.allocate_shared_memory(q.dtype, [STAGES, ROWS // GROUP, GROUP, DIM], q.layout)
+    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, ROWS // PADDED, PADDED, DIM], q.layout)
+    d_out_ring = gl.allocate_shared_memory(q.dtype, [STAGES, ROWS // PADDED, PADDED, DIM], q.layout)
     statistics_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 4, ROWS], statistics.layout)
     resident = _barriers(1, 1).index(0)
     full = _barriers(STAGES, 1)
@@ -368,9 +374,9 @@ def _grad_keys(
     inputs = (work, d_row, factor, scale)
     gl.warp_specialize(
         [
-            (_add_keys, (barriers, tiles, inputs, turned, d_values, HEADS, GROUP, DIM, ROWS, WINDOW, STAGES, 0)),
-            (_add_keys, (barriers, tiles, inputs, turned, d_values, HEADS, GROUP, DIM, ROWS, WINDOW, STAGES, 1)),
-            (_load_rows, (barriers, tiles, (q, d_out, k, v, statistics), work, GROUP, DIM, ROWS, STAGES)),
+            (_add_keys, (barriers, tiles, inputs, turned, d_values, HEADS, GROUP, PADDED, DIM, ROWS, WINDOW, STAGES, 0)),
+            (_add_keys, (barriers, tiles, inputs, turned, d_values, HEADS, GROUP, PADDED, DIM, ROWS, WINDOW, STAGES, 1)),
+            (_load_rows, (barriers, tiles, (q, d_out, k, v, statistics), work, GROUP, PADDED, DIM, ROWS, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -83,7 +83,7 @@ def backward(
     on_device = plan.on_device(device)
     query_work, key_work = on_device.derived(
         (tiles, group, window),
-        lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, group, window, tiles)],
+        lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, tiles.token_rows or group, window, tiles)],
     )
     q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, None, None, q_norm, k_norm)
     d_qkv = empty(tuple(qkv.shape), qkv.dtype, device)

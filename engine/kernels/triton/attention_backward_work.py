@@ -26,6 +26,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     apart: bool = False  # dK and dV in a launch each, RoPE and norms in others: wide heads fill the registers
+    token_rows: int = 0  # rows of a token, if not as many as query heads share a kv head
 
 
 def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
