@@ -66,7 +66,7 @@ gpu:
 		print("gpu:", torch.cuda.get_device_name(), "torch", torch.__version__, "Triton", triton.__version__, sys.version.split()[0])'
 
 test-gpu: gpu
-	@$(PYTHON) -m tests.on_gpu tests/test_exactness_cuda.py tests/kernels/triton tests/kernels/cuda
+	@$(PYTHON) -m tests.on_gpu tests/test_exactness.py tests/kernels/triton tests/kernels/cuda
 	@if $(PYTHON) -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 4)'; \
 		then $(PYTHON) -m pytest tests/parallel; \
 		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs"; fi

@@ -32,7 +32,7 @@ from rich.table import Table
 from triton import compile as triton_compile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.compile_cases import DTYPES, MAY_SPILL, CompileCase, collected
 from engine.kernels.triton.launch import Launch
@@ -111,9 +111,8 @@ def jobs(cases: Sequence[CompileCase], dtypes: Sequence[torch.dtype], targets: S
     return list(found.values())
 
 
-def compile_job(job: Job) -> Record:
-    """Compiles it, without Triton's cache: the assembler's report of registers is not kept there."""
-    launch = job.launch
+def compiled_for(launch: Launch, capability: int) -> CompiledKernel:
+    """The kernel as it would be compiled when it is launched on a GPU of this capability, such as 90."""
     source = ASTSource(
         launch.kernel,
         launch.signature,
@@ -121,13 +120,19 @@ def compile_job(job: Job) -> Record:
         {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_job(job: Job) -> Record:
+    """Compiles it, without Triton's cache: the assembler's report of registers is not kept there."""
+    launch = job.launch
     constants = {name: _short(value) for name, value in launch.constants.items()}
     what = (job.kernel, job.op, job.dtype, job.target, constants, launch.num_warps, launch.num_stages)
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     said, began = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(said):
-            compiled = triton_compile(source, target=GPUTarget("cuda", TARGETS[job.target][0], 32), options=options)
+            compiled = compiled_for(launch, TARGETS[job.target][0])
     except Exception as error:  # whatever the compiler finds wrong is this kernel's result
         return Record(*what, time.perf_counter() - began, error=_first_lines(error))
     seconds, report = time.perf_counter() - began, said.getvalue()

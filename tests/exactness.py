@@ -1,4 +1,4 @@
-"""What the tests of exactness on a CPU and on a GPU share."""
+"""What the tests of exactness share: engines, prompts, and the comparison."""
 
 from __future__ import annotations
 

@@ -3,12 +3,11 @@ import torch
 
 from engine.errors import InputError
 from engine.kernels.adamw import adamw_, squared_norm
-from engine.kernels.op import use_backend, use_isa
-from tests.kernels.cases import ISAS, needs_cpu, randn, threads, weight_of
+from engine.kernels.op import use_isa
+from tests.kernels.cases import ADAMW, ISAS, adamw_of_torch, code_path, needs_cpu, randn, threads, weight_of
 from tests.row_invariance import assert_same_bits
 
 pytestmark = needs_cpu
-SETTINGS = {"learning_rate": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(41, 37), (16, 256), (33, 515), (4097,), (7,)]
 
 
@@ -18,30 +17,18 @@ def steps(shape, dtype, packed, count=3, **changes):
     master, exp_avg, exp_avg_sq = randn(*shape), torch.zeros(shape), torch.zeros(shape)
     for step in range(1, count + 1):
         weight.grad_buffer().copy_(randn(*shape, seed=step))
-        adamw_(weight, master, exp_avg, exp_avg_sq, step=step, **SETTINGS, **changes)
+        adamw_(weight, master, exp_avg, exp_avg_sq, step=step, **ADAMW, **changes)
     return weight, master, exp_avg, exp_avg_sq
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("isa", [*ISAS, "torch"])
 def test_matches_torch_adamw(isa, shape):
-    with use_backend("torch") if isa == "torch" else use_isa(isa):
+    with code_path(isa):
         _, master, exp_avg, exp_avg_sq = steps(shape, torch.float32, False, grad_scale=0.5)
-    theirs = torch.nn.Parameter(randn(*shape))
-    optimizer = torch.optim.AdamW(
-        [theirs],
-        lr=SETTINGS["learning_rate"],
-        betas=(SETTINGS["beta1"], SETTINGS["beta2"]),
-        eps=SETTINGS["eps"],
-        weight_decay=SETTINGS["weight_decay"],
-    )
-    for step in range(1, 4):
-        theirs.grad = randn(*shape, seed=step) * 0.5
-        optimizer.step()
-    state = optimizer.state[theirs]
-    torch.testing.assert_close(master, theirs.data, rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(exp_avg, state["exp_avg"], rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(exp_avg_sq, state["exp_avg_sq"], rtol=2e-6, atol=1e-9)
+    theirs = adamw_of_torch(shape, grad_scale=0.5)
+    for actual, expected, limit in zip((master, exp_avg, exp_avg_sq), theirs, (1e-7, 1e-7, 1e-9), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=limit)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,14 +61,14 @@ def test_bits_do_not_depend_on_threads():
 def test_step_0_is_refused():
     weight = weight_of(torch.zeros(4), torch.float32)
     with pytest.raises(InputError, match="the first step is 1"):
-        adamw_(weight, torch.zeros(4), torch.zeros(4), torch.zeros(4), step=0, **SETTINGS)
+        adamw_(weight, torch.zeros(4), torch.zeros(4), torch.zeros(4), step=0, **ADAMW)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16384, 100003])
 @pytest.mark.parametrize("isa", [*ISAS, "torch"])
 def test_squared_norm_matches_float64(isa, count):
     values = randn(count)
-    with use_backend("torch") if isa == "torch" else use_isa(isa):
+    with code_path(isa):
         assert squared_norm(values) == pytest.approx(float(values.double().pow(2).sum()), rel=1e-12)
 
 

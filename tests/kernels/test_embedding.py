@@ -4,14 +4,22 @@ import torch
 from engine.errors import InputError
 from engine.kernels.embedding import embedding
 from engine.kernels.op import use_backend, use_isa
-from tests.kernels.cases import DTYPES, ISAS, grad_of, needs_cpu, randn, record, threads, weight_of
+from tests.kernels.cases import (
+    DTYPES,
+    ISAS,
+    SHARDS,
+    code_path,
+    grad_of,
+    ids,
+    needs_cpu,
+    randn,
+    record,
+    threads,
+    weight_of,
+)
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 pytestmark = needs_cpu
-
-
-def ids(count, vocab, seed=0):
-    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
 @pytest.mark.parametrize("width", [41, 64])
@@ -37,7 +45,7 @@ def test_row_invariant():
 def test_gradient_sums_repeated_tokens(isa, dtype, packed):
     weight, tokens, dy = weight_of(randn(13, 41), dtype, packed), ids(60, 13), randn(60, 41).to(dtype)
     weight.grad_buffer().fill_(1.0)
-    with use_backend("torch") if isa == "torch" else use_isa(isa):
+    with code_path(isa):
         embedding(tokens, weight).backward(dy)
     expected = torch.ones(13, 41, dtype=torch.float64).index_add_(0, tokens.long(), dy.double())
     torch.testing.assert_close(grad_of(weight).double(), expected, rtol=1e-5, atol=1e-5)
@@ -72,16 +80,12 @@ def test_replay_reads_the_tokens_of_now():
         assert_same_bits(out[:5], embedding(tokens[:5], weight), "replay")
 
 
-# 97 rows in shards that end inside a panel of 16, in a shard of one row, and at the table's end
-SHARDS = [(0, 41), (41, 1), (42, 55)]
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", [*ISAS, "torch"])
 def test_a_shard_gives_its_rows_and_zeros_for_the_others(isa, dtype, packed):
     values, tokens = randn(97, 41).to(dtype), torch.cat([ids(60, 97), torch.arange(97, dtype=torch.int32)])
-    with use_backend("torch") if isa == "torch" else use_isa(isa), torch.no_grad():
+    with code_path(isa), torch.no_grad():
         for first, rows in SHARDS:
             weight = weight_of(values[first : first + rows], dtype, packed)
             here = (tokens >= first) & (tokens < first + rows)
@@ -95,7 +99,7 @@ def test_a_shard_gives_its_rows_and_zeros_for_the_others(isa, dtype, packed):
 def test_gradients_of_shards_are_the_rows_of_the_whole_gradient_bitwise(isa, dtype, packed):
     values, tokens, dy = randn(97, 41).to(dtype), ids(300, 97), randn(300, 41).to(dtype)
     whole = weight_of(values, dtype, packed)
-    with use_backend("torch") if isa == "torch" else use_isa(isa):
+    with code_path(isa):
         embedding(tokens, whole).backward(dy)
         for first, rows in SHARDS:
             weight = weight_of(values[first : first + rows], dtype, packed)

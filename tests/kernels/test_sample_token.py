@@ -6,23 +6,14 @@ import torch
 from engine.errors import InputError
 from engine.kernels.op import extension, use_backend, use_isa
 from engine.kernels.sample_token import hash_seed, sample_token, top_logprobs
-from tests.kernels.cases import ISAS, needs_cpu, randn, record, threads
+from tests.kernels.cases import FILTERS, ISAS, needs_cpu, randn, record, sampling, threads
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 pytestmark = needs_cpu
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=11, counter=None):
-    rows = len(logits)
-    return sample_token(
-        logits,
-        torch.full((rows,), temperature),
-        torch.full((rows,), top_k, dtype=torch.int32),
-        torch.full((rows,), top_p),
-        torch.full((rows,), min_p),
-        torch.full((rows,), seed),
-        torch.arange(rows) if counter is None else counter,
-    )
+def draw(logits, **settings):
+    return sample_token(logits, *sampling(len(logits), **settings))
 
 
 def chi_square(tokens, probabilities):
@@ -61,23 +52,6 @@ def test_draws_with_filters_follow_the_cut_distribution():
     p[order[length:]] = 0
     assert abs(chi_square(tokens, p / p.sum())) < 5
     assert abs(kept_mass[0] - p.sum()) < 1e-6
-
-
-FILTERS = [
-    {"top_k": 1},
-    {"top_k": 50},
-    {"top_k": 100000},
-    {"top_p": 0.3},
-    {"top_p": 0.999},
-    {"top_p": 1e-9},
-    {"min_p": 0.05},
-    {"min_p": 1e-30},
-    {"top_k": 7, "top_p": 0.6},
-    {"top_k": 30, "top_p": 0.8, "min_p": 0.02},
-    {"top_k": 600, "temperature": 0.1},
-    {"temperature": 0.0, "top_p": 0.5},
-    {},
-]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -144,6 +118,15 @@ def test_a_row_that_is_not_finite_gives_no_token(isa, poison, filters):
         assert draw(logits, **filters)[0].tolist() == tokens.tolist()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_mass_that_is_reached_exactly_keeps_no_token_more(isa):
+    """Of four ids as likely as each other the first two have half of the mass."""
+    with use_isa(isa):
+        tokens, _, kept_mass = draw(torch.zeros(200, 4), top_p=0.5)
+    assert set(tokens.tolist()) == {0, 1}
+    assert (kept_mass == 0.5).all()
+
+
 def test_tokens_of_probability_0_are_never_drawn():
     logits = torch.full((4000, 600), -math.inf)
     logits[:, [5, 400]] = 1.0
@@ -183,14 +166,7 @@ def test_bits_do_not_depend_on_threads():
 
 def test_replay_equals_eager_for_fewer_rows():
     logits = randn(12, 300)
-    parameters = (
-        torch.ones(12),
-        torch.zeros(12, dtype=torch.int32),
-        torch.ones(12),
-        torch.zeros(12),
-        torch.arange(12),
-        torch.arange(12),
-    )
+    parameters = sampling(12)
     graph, outputs = record(lambda: sample_token(logits, *parameters))
     logits.copy_(randn(12, 300, seed=1))
     graph.replay(5)

@@ -6,27 +6,27 @@ import pytest
 import torch
 
 from engine.errors import InputError
-from engine.kernels.op import use_backend, use_isa
+from engine.kernels.op import use_isa
 from engine.kernels.shard_logprob import fold_statistics, shard_logprob_backward, shard_statistics, shard_targets
 from engine.kernels.token_logprob import TOKEN_LOGPROB, logits_logprob
-from tests.kernels.cases import ISAS, assert_near, grad_of, needs_cpu, randn, threads, weight_of
+from tests.kernels.cases import (
+    ISAS,
+    assert_near,
+    code_path,
+    exact_logprobs,
+    grad_of,
+    ids,
+    needs_cpu,
+    randn,
+    threads,
+    warmth,
+    weight_of,
+)
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 pytestmark = needs_cpu
 
 INF = math.inf
-
-
-def backend(name):
-    return use_backend("torch") if name == "torch" else use_isa(name)
-
-
-def ids(shape, vocab, seed=0):
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-
-
-def warmth(rows):
-    return torch.rand(rows, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
 def ranges(vocab, shards):
@@ -74,11 +74,11 @@ def test_one_shard_of_a_row_that_is_not_finite_equals_the_unsharded_kernel_bitwi
 @pytest.mark.parametrize("isa", [*ISAS, "torch"])
 def test_shards_match_float64_log_softmax(isa, shards):
     logits, targets, inverse = randn(9, 1003, scale=4), ids((9, 4), 1003), warmth(9)
-    with backend(isa):
+    with code_path(isa):
         logprobs, entropy, stats = fold_statistics(statistics_of(logits, targets, inverse, shards))
-    expected = torch.log_softmax(logits.double() * inverse.double()[:, None], -1)
-    torch.testing.assert_close(logprobs.double(), expected.gather(1, targets.long()), rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(entropy.double(), -(expected * expected.exp()).sum(-1), rtol=1e-5, atol=2e-6)
+    expected, expected_entropy = exact_logprobs(logits, targets, inverse)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(stats[:, 0], (logits * inverse[:, None]).amax(1))
 
 
@@ -86,7 +86,7 @@ def test_shards_match_float64_log_softmax(isa, shards):
 def test_a_shard_without_mass_changes_no_bit(isa):
     logits, targets = randn(6, 400, scale=4), ids((6, 2), 400)
     nothing = torch.full((6, 300), -INF)
-    with backend(isa):
+    with code_path(isa):
         alone = fold_statistics(statistics_of(logits, targets, None, 1))
         other = shard_statistics(nothing, torch.full((6, 2), -1, dtype=torch.int32))
         for order in ((0, 1), (1, 0)):
@@ -101,7 +101,7 @@ def test_a_token_of_probability_zero_is_minus_infinity_in_whatever_shard(isa):
     logits = randn(2, 700)
     logits[0, 3], logits[1, 350:] = -INF, -INF
     targets = torch.tensor([[3], [600]], dtype=torch.int32)
-    with backend(isa):
+    with code_path(isa):
         logprobs, entropy, _ = fold_statistics(statistics_of(logits, targets, None, 2))
     assert logprobs.flatten().tolist() == [-INF, -INF]
     assert entropy.isfinite().all()
@@ -114,7 +114,7 @@ def test_a_poisoned_shard_makes_the_whole_row_nan(isa, poison):
     logits[0, 699], logits[1, 0] = poison, poison
     logits[2, :350], logits[2, 7] = -INF, poison  # beside nothing but -inf
     logits[3] = -INF
-    with backend(isa):
+    with code_path(isa):
         logprobs, entropy, _ = fold_statistics(statistics_of(logits, targets, None, 2))
     assert logprobs.flatten().isnan().tolist() == [True, True, True, True, False]
     assert entropy.isnan().tolist() == [True, True, True, True, False]
@@ -153,11 +153,9 @@ def test_gradients_of_shards_match_float64_autograd_of_the_whole_row(isa, shards
     targets[::7] = 9
     g, h = randn(rows), randn(rows, seed=1)
     wide = logits.clamp_min(-1e4).double().requires_grad_()  # autograd makes NaN of -inf
-    logp = torch.log_softmax(wide * inverse.double()[:, None], -1)
-    entropy = -(logp * logp.exp()).sum(-1)
-    chosen = logp.gather(1, targets.long()[:, None])[:, 0]
-    (chosen @ g.double() + entropy @ h.double()).backward()
-    with backend(isa):
+    exact, exact_entropy = exact_logprobs(wide, targets[:, None], inverse)
+    (exact[:, 0] @ g.double() + exact_entropy @ h.double()).backward()
+    with code_path(isa):
         _, entropy, stats = fold_statistics(statistics_of(logits, targets[:, None], inverse, shards))
         parts = [
             shard_logprob_backward(

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from engine.errors import InputError
-from engine.kernels.op import use_backend, use_isa
+from engine.kernels.op import use_isa
 from engine.kernels.swiglu import swiglu, swiglu_reference
-from tests.kernels.cases import DTYPES, ISAS, assert_near, grad_of, needs_cpu, randn, record, threads
+from tests.kernels.cases import DTYPES, ISAS, assert_near, code_path, grad_of, needs_cpu, randn, record, threads
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 SHAPES = [(9, 82), (7, 128), (33, 2 * 769), (1, 2)]
@@ -54,7 +54,7 @@ def test_row_invariant(isa, dtype):
 def test_gradient_matches_float64_autograd(isa, dtype, shape):
     x, dy = randn(*shape, scale=2).to(dtype), randn(shape[0], shape[1] // 2).to(dtype)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
-    with use_backend("torch") if isa == "torch" else use_isa(isa):
+    with code_path(isa):
         swiglu(leaf).backward(dy)
     swiglu_reference(wide).backward(dy.double())
     assert_near(grad_of(leaf), grad_of(wide), dtype, ulps=2)

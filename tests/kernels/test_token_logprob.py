@@ -4,21 +4,25 @@ import pytest
 import torch
 
 from engine.errors import InputError
-from engine.kernels.op import use_backend, use_isa
+from engine.kernels.op import use_isa
 from engine.kernels.sample_token import sample_token, top_logprobs
 from engine.kernels.token_logprob import inverse_temperature, logits_logprob, token_logprob
-from tests.kernels.cases import ISAS, assert_near, grad_of, needs_cpu, randn, threads, weight_of
+from tests.kernels.cases import (
+    ISAS,
+    assert_near,
+    code_path,
+    exact_logprobs,
+    grad_of,
+    ids,
+    needs_cpu,
+    randn,
+    threads,
+    warmth,
+    weight_of,
+)
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
 pytestmark = needs_cpu
-
-
-def ids(count, vocab, seed=0):
-    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-
-
-def warmth(rows, seed=0):
-    return torch.rand(rows, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 96, 256, 257, 1000, 5003])
@@ -27,11 +31,9 @@ def test_matches_float64_log_softmax(isa, vocab):
     logits, targets, inverse = randn(9, vocab, scale=4), ids(9, vocab), warmth(9)
     with use_isa(isa):
         logprobs, entropy = logits_logprob(logits, targets, inverse)
-    expected = torch.log_softmax(logits.double() * inverse.double()[:, None], -1)
-    torch.testing.assert_close(
-        logprobs.double(), expected.gather(1, targets.long()[:, None])[:, 0], rtol=1e-6, atol=2e-6
-    )
-    torch.testing.assert_close(entropy.double(), -(expected * expected.exp()).sum(-1), rtol=1e-5, atol=2e-6)
+    expected, expected_entropy = exact_logprobs(logits, targets[:, None], inverse)
+    torch.testing.assert_close(logprobs.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -131,13 +133,12 @@ def test_gradients_match_float64_autograd(isa, dtype, use_entropy):
     hidden, head = randn(rows, width).to(dtype), weight_of(randn(vocab, width, scale=0.5), dtype, packed=True)
     targets, inverse, g, h = ids(rows, vocab), warmth(rows), randn(rows), randn(rows, seed=1) * use_entropy
     leaf = hidden.clone().requires_grad_()
-    with use_backend("torch") if isa == "torch" else use_isa(isa):
+    with code_path(isa):
         logprobs, entropy = token_logprob(leaf, head, targets, inverse, chunk=16)
         ((logprobs * g).sum() + ((entropy * h).sum() if use_entropy else 0.0)).backward()
     wide, wide_head = hidden.double().requires_grad_(), head.dense(dtype=torch.float64).requires_grad_()
-    logp = torch.log_softmax(wide @ wide_head.T * inverse.double()[:, None], -1)
-    chosen = logp.gather(1, targets.long()[:, None])[:, 0]
-    (chosen @ g.double() - (logp * logp.exp()).sum(-1) @ h.double()).backward()
+    exact, exact_entropy = exact_logprobs(wide @ wide_head.T, targets[:, None], inverse)
+    (exact[:, 0] @ g.double() + exact_entropy @ h.double()).backward()
     limit = 4 if dtype == torch.bfloat16 else 32  # float32 sums run over 301 logits
     assert_near(grad_of(leaf), grad_of(wide), dtype, ulps=limit)
     assert_near(grad_of(head), grad_of(wide_head), dtype, ulps=limit)

@@ -1,8 +1,9 @@
 """Instructions that compute: moves, conversions, integers, floats, comparisons, bits.
 
-Floats are rounded as PTX says where it does (add, mul, fma, div.rn, sqrt.rn and conversions, to nearest even); fma goes
-through float64, which is one rounding but for sums that lie within 2^-53 of the middle between two floats. What PTX
-approximates (ex2, lg2, rcp.approx, div.full, tanh) is the float64 result rounded once: a GPU may differ in the last bit.
+Floats are rounded as PTX says where it does (add, mul, fma, div.rn, sqrt.rn and conversions, to nearest even); fma of
+float32 goes through float64: one rounding, but for sums within 2^-53 of the middle between two floats. What PTX
+approximates (ex2, lg2, rcp.approx, div.full, tanh) is the float64 result rounded once: a GPU may differ in the last
+bit.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ For those who write instructions
   numbers in the block, sorted), `threads.select` (a slice or an index, for arrays over the block's threads),
   `threads.whole` (whole warps side by side: their values reshape to [warps, 32]), `threads.where(mask)`.
 - `reader(instruction, operand, type)(threads)` gives an array [count], or [1] where all threads see one value (an
-  immediate, a symbol, %ctaid): only read it, it may be the register itself. `type` is PTX's: f32 f64 f16 u8..u64 s8..s64
-  b8..b64 pred; bf16, f16x2 and bf16x2 are read as bits (u16, u32). `full(values, threads)` makes it [count].
+  immediate, a symbol, %ctaid): only read it, it may be the register itself. `type` is PTX's: f32 f64 f16 u8..u64
+  s8..s64 b8..b64 pred; bf16, f16x2 and bf16x2 are read as bits (u16, u32). `full(values, threads)` makes it [count].
   `writer(instruction, operand, type)(threads, values)` writes them; a register wider than the type is extended.
   `block.read(operand, threads, type)` and `block.write(operand, threads, type, values)` do the same without decoding
   ahead. A register's row over the whole block is `block.files["b32"][register.index]` (uint32 [threads]).
@@ -32,13 +32,14 @@ For those who write instructions
   `block.machine.parameter(address)` is the argument whose parameter begins there (a TensorMap).
 - To wait: `block.wait(instruction, [(threads, ready, what), ...], again=...)`, which does not return where the list has
   anything in it. Those threads go on once `ready()` is true: at this instruction again, or (again=False) at the next.
-  Other threads of the same call go on at once. `what` is for the report of a deadlock.
+  Other threads of the same call go on at once. `what` is for the report of a deadlock, a text or an object that has one then.
 - Asynchronous operations: `block.late` says whether what is begun now is to be done as late as may be. What an mbarrier
   tells of goes to `block.pending` (functions without arguments): the scheduler calls one when no thread can go on, the
   oldest, or any under a random schedule. `block.at_exit` are called when all threads have returned, before the block's
   memory goes. `block.state` is a dict for what an instruction family keeps for a block, by the family's name.
 - A proxy's shadow: `block.written_shared(threads, addresses, size)` is called after every ordinary store to shared
-  memory (uint64 [count] addresses, `size` bytes each) and calls each of `block.on_shared_store`; `block.on_barrier` are
+  memory (uint64 [count] addresses, `size` bytes each) and calls each of `block.on_shared_store`, `block.read_shared`
+  after every load and calls each of `block.on_shared_load`; `block.on_barrier` are
   called with the threads of every barrier that completes (bar.sync and the like). All of these begin empty for each
   block; functions in BLOCK_HOOKS are called with every block that begins.
 """
@@ -48,6 +49,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -250,7 +252,8 @@ class Strand:
 
     __slots__ = ("pc", "ready", "threads", "what")
 
-    def __init__(self, pc: int, threads: Threads, ready: Callable[[], bool] | None = None, what: str = "") -> None:
+    def __init__(self, pc: int, threads: Threads, ready: Callable[[], bool] | None = None,
+                 what: Callable[[], str] = str) -> None:  # fmt: skip
         self.pc, self.threads, self.ready, self.what = pc, threads, ready, what
 
 
@@ -289,6 +292,7 @@ class Block:
         self.at_exit: list[Callable[[], None]] = []
         self.on_barrier: list[Callable[[Threads], None]] = []
         self.on_shared_store: list[Callable[[Threads, NDArray, int], None]] = []
+        self.on_shared_load: list[Callable[[Threads, NDArray, int], None]] = []
         self.state: dict[str, Any] = {}
         self.strands = [Strand(0, self.threads(np.arange(self.size)))]
         for hook in BLOCK_HOOKS:
@@ -320,6 +324,10 @@ class Block:
 
     def written_shared(self, threads: Threads, places: NDArray, size: int) -> None:
         for call in self.on_shared_store:
+            call(threads, places, size)
+
+    def read_shared(self, threads: Threads, places: NDArray, size: int) -> None:
+        for call in self.on_shared_load:
             call(threads, places, size)
 
     def wait(self, instruction: Instruction, waits: Sequence[Any], again: bool) -> None:
@@ -404,11 +412,11 @@ class Block:
                     self.strands.append(Strand(pc, threads))
                     return
         except Blocked as blocked:
-            place = blocked.instruction.index
+            place, line = blocked.instruction.index, blocked.instruction.line
             rest = threads.index
             for waiting, ready, what in blocked.waits:
                 pc = place if blocked.again else place + 1
-                self.strands.append(Strand(pc, waiting, ready, f"line {blocked.instruction.line}: {what}"))
+                self.strands.append(Strand(pc, waiting, ready, partial("line {}: {}".format, line, what)))
                 rest = np.setdiff1d(rest, waiting.index, assume_unique=True)
             if len(rest):
                 self.strands.append(Strand(place + 1, self.threads(rest)))
@@ -427,6 +435,11 @@ class Block:
             taken = int(np.count_nonzero(mask))
         if taken == 0:
             return instruction.index + 1
+        if instruction.opcode == "brx":
+            if taken < threads.count:
+                self.strands.append(Strand(instruction.index + 1, threads.where(~mask)))
+                threads = threads.where(mask)
+            return self._choose(instruction, threads)
         if instruction.opcode == "bra":
             target = instruction.operands[0]
             assert isinstance(target, Symbol)
@@ -440,12 +453,23 @@ class Block:
             self.strands.append(Strand(instruction.index + 1, threads.where(~mask)))
         return None
 
+    def _choose(self, instruction: Instruction, threads: Threads) -> None:
+        """brx.idx: each thread goes on where its number in a table of labels says."""
+        number, table = instruction.operands
+        assert isinstance(table, Symbol)
+        targets = self.machine.kernel.tables[table.name]
+        numbers = full(self.read(number, threads, "u32"), threads)
+        if numbers.max() >= len(targets):
+            raise instruction.error(f"there are {len(targets)} labels, and a thread takes number {numbers.max()}")
+        for each in np.unique(numbers):
+            self.strands.append(Strand(self.machine.kernel.labels[targets[each]], threads.where(numbers == each)))
+
     def _report(self) -> str:
         lines = []
         for strand in sorted(self.strands, key=lambda each: each.threads.low):
             index = strand.threads.index
             at = self.machine.kernel.instructions[strand.pc] if strand.pc < len(self.machine.program) else None
-            lines.append(f"  threads {index[0]} to {index[-1]} ({len(index)}) wait, {strand.what}; "
+            lines.append(f"  threads {index[0]} to {index[-1]} ({len(index)}) wait, {strand.what()}; "
                          f"next: {at.text[:80] if at else 'the end'}")  # fmt: skip
         return "\n".join(lines)
 
@@ -458,11 +482,12 @@ class Machine:
     """A kernel, decoded. `threads` are those of a block, `shared` its bytes of shared memory, static ones included.
 
     `schedule` is "in order" (lowest place in the program first) or "random" (warps in an order drawn with `seed`);
-    `completion` "early" or "late": when asynchronous operations are done.
+    `completion` "early" or "late": when asynchronous operations are done. `fences=False` lets the async proxy read what
+    ordinary instructions wrote without a fence.proxy.async, which Triton 3.6 leaves out after copies.
     """
 
     def __init__(self, module: Module, name: str, threads: int, shared: int, schedule: str = "in order",
-                 completion: str = "early", seed: int = 0) -> None:  # fmt: skip
+                 completion: str = "early", seed: int = 0, fences: bool = True) -> None:  # fmt: skip
         if schedule not in ("in order", "random") or completion not in ("early", "late"):
             raise ValueError(f'schedule "{schedule}", completion "{completion}"')
         self.module, self.kernel, self.size, self.shared = module, module.kernels[name], threads, shared
@@ -472,7 +497,7 @@ class Machine:
             if find_spec(f"tests.ptx.{family}"):
                 import_module(f"tests.ptx.{family}")
         self.random, self.late, self.chance = schedule == "random", completion == "late", random.Random(seed)
-        self.grid = (1, 1, 1)
+        self.grid, self.fences = (1, 1, 1), fences
         self._symbols = self._place()
         self.program = [self._decode(each) for each in self.kernel.instructions]
         self._segments: dict[int, tuple[list[Run], Instruction | None, int]] = {}
@@ -511,7 +536,7 @@ class Machine:
         raise PTXError(f"no parameter begins at {address:#x}")
 
     def _decode(self, instruction: Instruction) -> Run:
-        if instruction.opcode in ("bra", "ret", "exit"):
+        if instruction.opcode in ("bra", "brx", "ret", "exit"):
             return _nothing
         decode = OPERATIONS.get(instruction.opcode)
         if decode is None:
@@ -534,7 +559,7 @@ class Machine:
                 end += 1
                 if instruction.opcode in _ENDS_RUN or end in self._starts:
                     break
-            branches = instruction.opcode in ("bra", "ret", "exit")
+            branches = instruction.opcode in ("bra", "brx", "ret", "exit")
             found = (self.program[pc : end - branches], instruction if branches else None, end)
             self._segments[pc] = found
         return found

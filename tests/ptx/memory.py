@@ -98,6 +98,8 @@ def _load(instruction: Instruction) -> Run:
             else:
                 for place in range(step):
                     writes[begin + place](threads, values[place::step])
+        if memory is block.shared_space:
+            block.read_shared(threads, places, size * count)
 
     return run
 
@@ -179,7 +181,8 @@ def meet(instruction: Instruction, block: Block, threads: Threads, mask: NDArray
     """Waits until every lane of the mask ([count] or [1], default all) of each warp is at this instruction."""
     if threads.whole:
         return
-    waits = []
+    waits: list[tuple[Threads, Callable[[], bool], str]] = []
+    complete: list[tuple[Threads, Callable[[], bool], str]] = []  # these have to come again too: nothing is done yet
     for warp in threads.warps():
         wanted = 2**WARP - 1
         if mask is not None:
@@ -193,7 +196,9 @@ def meet(instruction: Instruction, block: Block, threads: Threads, mask: NDArray
                 return lanes <= {lane for each in here for lane in each}
 
             waits.append((warp, ready, f"for lanes of warp {first // WARP} to meet"))
-    block.wait(instruction, waits, again=True)
+        else:
+            complete.append((warp, lambda: True, "for nothing"))
+    block.wait(instruction, [*waits, *complete] if waits else [], again=True)
 
 
 def _table(operand: Operand, block: Block, threads: Threads, read: Callable[[Threads], NDArray]) -> NDArray:
@@ -373,6 +378,8 @@ def _ldmatrix(instruction: Instruction) -> Run:
         meet(instruction, block, threads)
         rows = where(threads).reshape(-1, WARP)[:, : 8 * count]
         data = block.shared_space.load(rows.ravel(), 16).view(np.uint32).reshape(-1, count, WARP)
+        pointing = threads if count == 4 else threads.where(threads.index % WARP < 8 * count)
+        block.read_shared(pointing, rows.ravel(), 16)
         if transposed:
             halves = data.view(np.uint16).reshape(-1, count, 8, 8).swapaxes(2, 3)
             data = np.ascontiguousarray(halves).view(np.uint32).reshape(-1, count, WARP)

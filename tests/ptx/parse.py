@@ -152,13 +152,15 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One `.entry`. `registers` counts those of each file; `labels` gives the index of the instruction that follows."""
+    """One `.entry`. `registers` counts those of each file; `labels` gives the index of the instruction that follows,
+    `tables` the labels that brx.idx chooses from."""
 
     name: str
     parameters: list[Variable] = field(default_factory=list)
     variables: dict[str, Variable] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILES, 0))
     threads: int | None = None  # what .reqntid says
 
@@ -352,6 +354,10 @@ class _Parser:
             return
         if text.startswith(".pragma"):
             return
+        if text.startswith(".branchtargets"):  # of the label just before it
+            targets = [self.name(each, kernel, scopes) for each in _split(text.removeprefix(".branchtargets"))]
+            kernel.tables[next(reversed(kernel.labels))] = [each.name for each in targets if isinstance(each, Symbol)]
+            return
         if text.startswith("."):
             self.declare(text, kernel.variables, scopes[-1].prefix)
             return
@@ -418,9 +424,9 @@ class _Parser:
         if text.startswith("["):
             inside = _split(text[1:-1])
             base, offset = inside[0].strip(), 0
-            if found := re.match(r"(.*?)\s*([+-])\s*(-?\s*\w+)$", base):
-                if found[1]:
-                    base, offset = found[1], int(found[3].replace(" ", ""), 0) * (1 if found[2] == "+" else -1)
+            found = re.match(r"(.+?)\s*([+-])\s*(-?\s*\w+)$", base)
+            if found:
+                base, offset = found[1], int(found[3].replace(" ", ""), 0) * (1 if found[2] == "+" else -1)
             coordinates: tuple[Operand, ...] = ()
             if len(inside) > 1:
                 vector = self.operand(inside[1], kernel, scopes)

@@ -63,9 +63,10 @@ class Space:
             wrong = int(addresses[(offsets & np.uint64(size - 1)) != 0][0])
             raise PTXError(f"{self.name} address {wrong:#x} is no multiple of {size}")
         low = region.first - region.base
-        if union + size > region.limit - region.base or low:
-            if int(offsets.max()) + size > region.limit - region.base or int(offsets.min()) < low:
-                return None
+        end = region.limit - region.base
+        may_be_outside = union + size > end or low
+        if may_be_outside and (int(offsets.max()) + size > end or int(offsets.min()) < low):
+            return None
         return region, offsets.view(np.int64) // size if size > 1 else offsets.view(np.int64)
 
     def _by_region(self, addresses: NDArray[np.uint64], size: int) -> list[NDArray[np.intp]]:

@@ -1,8 +1,8 @@
-"""How every Triton kernel is launched: on the GPU, in the interpreter, or into a list for the compiler."""
+"""How every Triton kernel is launched: on the GPU, in the interpreter, or given to who asked for launches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -40,30 +40,38 @@ class Launch:
         return self.kernel.__name__
 
 
-_collected: list[Launch] | None = None
+# (kernel, grid, arguments in the order of the kernel's parameters): runs it, or does something else with it
+Runner = Callable[[Launch, tuple[int, ...], tuple[Any, ...]], None]
+
+_runner: Runner | None = None
 _absent_gpu = (132, 9)  # multiprocessors and major compute capability where there is no GPU: those of an H200
 
 
 @contextmanager
-def collecting(processors: int = 132, major: int = 9) -> Iterator[list[Launch]]:
-    """Launches inside this block are noted down and not run; ops take CPU tensors, whose results stay uninitialised.
-
-    So what is compiled ahead of time is what would be launched, tiles and all, on a GPU of so many multiprocessors and
-    this major compute capability. Not under the interpreter.
-    """
-    global _collected, _absent_gpu
-    before, gpu_before = _collected, _absent_gpu
-    _collected, _absent_gpu = [], (processors, major)
+def running(runner: Runner, processors: int = 132, major: int = 9) -> Iterator[None]:
+    """Launches inside this block go to `runner`; ops take CPU tensors, and launch what they would on a GPU of so many
+    multiprocessors and this major compute capability, tiles and all. Not under the interpreter."""
+    global _runner, _absent_gpu
+    before, gpu_before = _runner, _absent_gpu
+    _runner, _absent_gpu = runner, (processors, major)
     try:
         with triton_without_gpu():
-            yield _collected
+            yield
     finally:
-        _collected, _absent_gpu = before, gpu_before
+        _runner, _absent_gpu = before, gpu_before
+
+
+@contextmanager
+def collecting(processors: int = 132, major: int = 9) -> Iterator[list[Launch]]:
+    """Launches inside this block are noted down and not run, as `running` has it; results stay uninitialised."""
+    launches: list[Launch] = []
+    with running(lambda launch, grid, arguments: launches.append(launch), processors, major):
+        yield launches
 
 
 def gpu_of(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and major compute capability of a device; where it is no GPU, of the one that `collecting` is
-    for, or an H200's."""
+    """Multiprocessors and major compute capability of a device; where it is no GPU, of the one that `running` is for,
+    or an H200's."""
     return _present_gpu(device) if device.type == "cuda" else _absent_gpu
 
 
@@ -84,8 +92,8 @@ def launch(
     """
     if 0 in grid:
         return
-    if _collected is not None:
-        _collected.append(_noted(kernel, arguments, constants, num_warps, num_stages))
+    if _runner is not None:
+        _runner(_noted(kernel, arguments, constants, num_warps, num_stages), grid, arguments)
         return
     kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **constants)
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.attention import AttentionSpec
 from engine.kernels.op import triton_missing, use_backend
 from engine.kernels.weight import Weight
+from tests.kernels.cases import randn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -22,3 +24,8 @@ def device_weight(values: Tensor, dtype: torch.dtype, grad: float = 0.0) -> Weig
     weight.load_(values)
     weight.grad_buffer().fill_(grad)
     return weight
+
+
+def norms_of(spec: AttentionSpec, dtype: torch.dtype) -> list[Weight]:
+    """Weights of the norms of queries and keys, on DEVICE."""
+    return [device_weight(randn(spec.head_dim, seed=seed).abs() + 0.5, dtype) for seed in range(2)]

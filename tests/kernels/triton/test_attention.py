@@ -16,10 +16,9 @@ from engine.errors import InputError
 from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
 from engine.kernels.op import use_backend
 from engine.kernels.rope import apply_rope, rope_table
-from engine.kernels.weight import Weight
 from tests.kernels.cases import assert_near, randn
 from tests.kernels.test_attention import definition, int32, plan_of
-from tests.kernels.triton.cases import DEVICE, DTYPES, device_weight, needs_triton
+from tests.kernels.triton.cases import DEVICE, DTYPES, needs_triton, norms_of
 from tests.row_invariance import assert_same_bits
 
 pytestmark = needs_triton
@@ -35,13 +34,6 @@ def tiles_for_tests():
 
 def rope_of(spec: AttentionSpec) -> Tensor:
     return rope_table(spec.head_dim, 10000.0, None, 96).to(DEVICE)
-
-
-def norms_of(spec: AttentionSpec, dtype: torch.dtype) -> list[Weight]:
-    norms = []
-    for seed in range(2):
-        norms.append(device_weight(randn(spec.head_dim, seed=seed).abs() + 0.5, dtype))
-    return norms
 
 
 def forward(

@@ -18,7 +18,7 @@ from engine.kernels.rope import apply_rope, rope_table
 from engine.kernels.weight import Weight
 from tests.kernels.cases import assert_near, grad_of, randn
 from tests.kernels.test_attention import definition, int32, plan_of
-from tests.kernels.triton.cases import DEVICE, DTYPES, needs_triton
+from tests.kernels.triton.cases import DEVICE, DTYPES, needs_triton, norms_of
 from tests.row_invariance import assert_same_bits
 
 pytestmark = needs_triton
@@ -33,15 +33,6 @@ NAMES = ("d_q", "d_kv", "d_q_norm", "d_k_norm")
 
 def rope_of(spec: AttentionSpec) -> Tensor:
     return rope_table(spec.head_dim, 10000.0, None, 192)
-
-
-def norms_of(spec: AttentionSpec, dtype: torch.dtype) -> list[Weight]:
-    norms = []
-    for seed, name in enumerate(("q_norm", "k_norm")):
-        norm = Weight(name, (spec.head_dim,), torch.float32, packed=False)
-        norm.dtype, norm.data = dtype, (randn(spec.head_dim, seed=seed).abs() + 0.5).to(DEVICE, dtype)
-        norms.append(norm)
-    return norms
 
 
 def example(spec: AttentionSpec, dtype: torch.dtype, length: int = sum(LENGTHS)) -> tuple[Tensor, Tensor]:

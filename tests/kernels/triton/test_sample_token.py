@@ -7,7 +7,7 @@ from engine.errors import InputError
 from engine.kernels.op import use_backend
 from engine.kernels.sample_token import sample_token, top_logprobs
 from engine.kernels.token_logprob import logits_logprob
-from tests.kernels.cases import randn
+from tests.kernels.cases import FILTERS, randn, sampling
 from tests.kernels.triton.cases import DEVICE, needs_triton
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
@@ -15,52 +15,23 @@ from tests.row_invariance import assert_row_invariant, assert_same_bits
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
-def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=11):
-    tensors = (
-        torch.full((rows,), temperature),
-        torch.full((rows,), top_k, dtype=torch.int32),
-        torch.full((rows,), top_p),
-        torch.full((rows,), min_p),
-        torch.full((rows,), seed),
-        torch.arange(rows),
-    )
-    return [tensor.to(DEVICE) for tensor in tensors]
-
-
-def draw(logits, **changes):
+def draw(logits, **settings):
     with use_backend("triton"):
-        return sample_token(logits.to(DEVICE), *settings(len(logits), **changes))
+        return sample_token(logits.to(DEVICE), *(each.to(DEVICE) for each in sampling(len(logits), **settings)))
 
 
-def defined(logits, **changes):
+def defined(logits, **settings):
     """What the definition in torch draws, on the CPU."""
     with use_backend("torch"):
-        return sample_token(logits, *(setting.cpu() for setting in settings(len(logits), **changes)))
+        return sample_token(logits, *sampling(len(logits), **settings))
 
 
-def assert_as_defined(logits, **changes):
-    drawn = [each.cpu() for each in draw(logits, **changes)]
-    tokens, logprobs, kept_mass = defined(logits, **changes)
+def assert_as_defined(logits, **settings):
+    drawn = [each.cpu() for each in draw(logits, **settings)]
+    tokens, logprobs, kept_mass = defined(logits, **settings)
     assert drawn[0].tolist() == tokens.tolist()
     torch.testing.assert_close(drawn[1], logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drawn[2], kept_mass, rtol=1e-5, atol=1e-7)
-
-
-FILTERS = [
-    {"top_k": 1},
-    {"top_k": 50},
-    {"top_k": 100000},
-    {"top_p": 0.3},
-    {"top_p": 0.999},
-    {"top_p": 1e-9},
-    {"min_p": 0.05},
-    {"min_p": 1.0},
-    {"min_p": 1e-30},
-    {"top_k": 7, "top_p": 0.6},
-    {"top_k": 30, "top_p": 0.8, "min_p": 0.02},
-    {"top_k": 600, "temperature": 0.1},
-    {"temperature": 0.0, "top_p": 0.5},
-]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -99,6 +70,13 @@ def test_a_row_that_is_not_finite_gives_no_token(poison, filters):
     assert logprobs.isnan().tolist() == kept_mass.isnan().tolist() == [False, True, False]
 
 
+def test_a_mass_that_is_reached_exactly_keeps_no_token_more():
+    """Of four ids as likely as each other the first two have half of the mass."""
+    tokens, _, kept_mass = draw(torch.zeros(20, 4), top_p=0.5)
+    assert set(tokens.tolist()) == {0, 1}
+    assert (kept_mass == 0.5).all()
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 300}, {"top_p": 0.9999999}], ids=str)
 def test_tokens_of_probability_0_are_never_drawn(filters):
     logits = torch.full((8, 600), -math.inf)
@@ -108,7 +86,7 @@ def test_tokens_of_probability_0_are_never_drawn(filters):
 
 def test_sampled_logprob_is_the_scored_one_bitwise():
     temperatures = [0.05, 0.3, 0.7, 1.0, 1.1, 1.7]
-    logits, parameters = randn(6, 5000, scale=3).to(DEVICE), settings(6)
+    logits, parameters = randn(6, 5000, scale=3).to(DEVICE), [each.to(DEVICE) for each in sampling(6)]
     parameters[0] = torch.tensor(temperatures, device=DEVICE)
     inverse = (1.0 / torch.tensor(temperatures)).to(DEVICE)
     with use_backend("triton"):

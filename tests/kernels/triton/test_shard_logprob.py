@@ -8,7 +8,7 @@ import torch
 from engine.kernels.op import use_backend
 from engine.kernels.shard_logprob import fold_statistics, shard_logprob_backward, shard_statistics, shard_targets
 from engine.kernels.token_logprob import TOKEN_LOGPROB
-from tests.kernels.cases import assert_near, grad_of, randn
+from tests.kernels.cases import assert_near, exact_logprobs, grad_of, ids, randn, warmth
 from tests.kernels.triton.cases import DEVICE, needs_triton
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
@@ -17,14 +17,6 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")
 INF = math.inf
 VOCAB = 5000
 CUTS = {1: (0, VOCAB), 3: (0, 4500, 4502, VOCAB)}  # over a tile, within one, and to the end
-
-
-def ids(shape):
-    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
-
-
-def warmth(rows):
-    return (torch.rand(rows, generator=torch.Generator().manual_seed(0)) + 0.5).to(DEVICE)
 
 
 def shards_of(count):
@@ -43,7 +35,7 @@ def statistics_of(logits, targets, inverse, count):
 
 @pytest.mark.parametrize("poison", [None, math.nan, INF, -INF])
 def test_one_shard_equals_the_unsharded_kernel_bitwise(poison):
-    logits, targets, inverse = randn(5, VOCAB, scale=4).to(DEVICE), ids((5, 3)), warmth(5)
+    logits, targets, inverse = randn(5, VOCAB, scale=4).to(DEVICE), ids((5, 3), VOCAB).to(DEVICE), warmth(5).to(DEVICE)
     if poison is not None:
         logits[0, 4999], logits[1, 0], logits[2], logits[3, :4096] = poison, poison, poison, poison
     with use_backend("triton"):
@@ -55,17 +47,17 @@ def test_one_shard_equals_the_unsharded_kernel_bitwise(poison):
 
 
 def test_shards_match_log_softmax_in_double():
-    logits, targets, inverse = randn(4, VOCAB, scale=4).to(DEVICE), ids((4, 20)), warmth(4)
+    logits, targets, inverse = randn(4, VOCAB, scale=4).to(DEVICE), ids((4, 20), VOCAB).to(DEVICE), warmth(4).to(DEVICE)
     with use_backend("triton"):
         logprobs, entropy, stats = fold_statistics(statistics_of(logits, targets, inverse, 3))
-    expected = torch.log_softmax(logits.double() * inverse.double()[:, None], -1)
-    torch.testing.assert_close(logprobs.double(), expected.gather(1, targets.long()), rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(entropy.double(), -(expected * expected.exp()).sum(-1), rtol=1e-5, atol=2e-6)
+    expected, expected_entropy = exact_logprobs(logits, targets, inverse)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(stats[:, 0], (logits * inverse[:, None]).amax(1))
 
 
 def test_a_shard_without_mass_changes_no_bit():
-    logits, targets = randn(3, VOCAB, scale=4).to(DEVICE), ids((3, 2))
+    logits, targets = randn(3, VOCAB, scale=4).to(DEVICE), ids((3, 2), VOCAB).to(DEVICE)
     nothing, elsewhere = torch.full((3, 300), -INF, device=DEVICE), torch.full_like(targets, -1)
     with use_backend("triton"):
         shards = [statistics_of(logits, targets, None, 1)[0], shard_statistics(nothing, elsewhere)]
@@ -78,7 +70,7 @@ def test_a_shard_without_mass_changes_no_bit():
 
 @pytest.mark.parametrize("poison", [math.nan, INF])
 def test_a_poisoned_shard_makes_the_whole_row_nan(poison):
-    logits, targets = randn(4, VOCAB).to(DEVICE), ids((4, 1))
+    logits, targets = randn(4, VOCAB).to(DEVICE), ids((4, 1), VOCAB).to(DEVICE)
     logits[0, 4999], logits[1, 0] = poison, poison
     logits[2, :4500], logits[2, 7] = -INF, poison  # beside nothing but -inf
     with use_backend("triton"):
@@ -104,14 +96,17 @@ def test_statistics_and_fold_are_row_invariant():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_of_shards_are_those_of_the_whole_row_in_double(dtype):
     rows = 4
-    logits, targets, inverse = randn(rows, VOCAB, scale=2).to(DEVICE), ids((rows,)), warmth(rows)
+    logits, targets, inverse = (
+        randn(rows, VOCAB, scale=2).to(DEVICE),
+        ids((rows,), VOCAB).to(DEVICE),
+        warmth(rows).to(DEVICE),
+    )
     logits[::2, 5] = -INF
     targets[::2] = 9
     g, h = randn(rows).to(DEVICE), randn(rows, seed=1).to(DEVICE)
     wide = logits.clamp_min(-1e4).double().requires_grad_()  # autograd makes NaN of -inf
-    logp = torch.log_softmax(wide * inverse.double()[:, None], -1)
-    chosen = logp.gather(1, targets.long()[:, None])[:, 0]
-    (chosen @ g.double() - (logp * logp.exp()).sum(-1) @ h.double()).backward()
+    exact, exact_entropy = exact_logprobs(wide, targets[:, None], inverse)
+    (exact[:, 0] @ g.double() + exact_entropy @ h.double()).backward()
     with use_backend("triton"):
         _, entropy, stats = fold_statistics(statistics_of(logits, targets[:, None], inverse, 3))
         parts = [

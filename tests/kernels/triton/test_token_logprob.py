@@ -5,7 +5,7 @@ import torch
 
 from engine.kernels.op import use_backend
 from engine.kernels.token_logprob import logits_logprob, token_logprob
-from tests.kernels.cases import assert_near, grad_of, randn
+from tests.kernels.cases import assert_near, exact_logprobs, grad_of, ids, randn, warmth
 from tests.kernels.triton.cases import DEVICE, DTYPES, device_weight, needs_triton
 from tests.row_invariance import assert_row_invariant, assert_same_bits
 
@@ -14,23 +14,14 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")
 INF = math.inf
 
 
-def ids(count, vocab):
-    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
-
-
-def warmth(rows):
-    return (torch.rand(rows, generator=torch.Generator().manual_seed(0)) + 0.5).to(DEVICE)
-
-
 @pytest.mark.parametrize("vocab", [1, 7, 4096, 4097, 9000])
 def test_logprobs_and_entropy_are_those_of_the_definition_in_double(vocab):
-    logits, targets, inverse = randn(3, vocab, scale=4).to(DEVICE), ids(3, vocab), warmth(3)
+    logits, targets, inverse = randn(3, vocab, scale=4).to(DEVICE), ids(3, vocab).to(DEVICE), warmth(3).to(DEVICE)
     with use_backend("triton"):
         logprobs, entropy = logits_logprob(logits, targets, inverse)
-    expected = torch.log_softmax(logits.double() * inverse.double()[:, None], -1)
-    chosen = expected.gather(1, targets.long()[:, None])[:, 0]
-    torch.testing.assert_close(logprobs.double(), chosen, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(entropy.double(), -(expected * expected.exp()).sum(-1), rtol=1e-5, atol=2e-6)
+    expected, expected_entropy = exact_logprobs(logits, targets[:, None], inverse)
+    torch.testing.assert_close(logprobs.double(), expected[:, 0], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=2e-6)
 
 
 def test_a_tile_of_nothing_but_minus_infinity_has_no_mass():
@@ -59,16 +50,15 @@ def test_a_row_that_is_not_finite_says_so(poison):
 def test_gradients_are_those_of_the_definition_in_double(dtype, use_entropy):
     rows, vocab, width = 9, 301, 24
     hidden, head = randn(rows, width).to(DEVICE, dtype), device_weight(randn(vocab, width, scale=0.5), dtype)
-    targets, inverse = ids(rows, vocab), warmth(rows)
+    targets, inverse = ids(rows, vocab).to(DEVICE), warmth(rows).to(DEVICE)
     g, h = randn(rows).to(DEVICE), randn(rows, seed=1).to(DEVICE) * use_entropy
     leaf = hidden.clone().requires_grad_()
     with use_backend("triton"):
         logprobs, entropy = token_logprob(leaf, head, targets, inverse, chunk=8)
         ((logprobs * g).sum() + ((entropy * h).sum() if use_entropy else 0.0)).backward()
     wide, wide_head = hidden.double().requires_grad_(), head.dense(dtype=torch.float64).requires_grad_()
-    logp = torch.log_softmax(wide @ wide_head.T * inverse.double()[:, None], -1)
-    chosen = logp.gather(1, targets.long()[:, None])[:, 0]
-    (chosen @ g.double() - (logp * logp.exp()).sum(-1) @ h.double()).backward()
+    exact, exact_entropy = exact_logprobs(wide @ wide_head.T, targets[:, None], inverse)
+    (exact[:, 0] @ g.double() + exact_entropy @ h.double()).backward()
     assert_near(grad_of(leaf), grad_of(wide), dtype, ulps=32)
     assert_near(grad_of(head), grad_of(wide_head), dtype, ulps=32)
 
@@ -76,14 +66,18 @@ def test_gradients_are_those_of_the_definition_in_double(dtype, use_entropy):
 def test_gradient_of_a_token_that_cannot_be_drawn_is_finite():
     hidden, head = randn(2, 16, scale=200).to(DEVICE).requires_grad_(), device_weight(randn(99, 16), torch.float32)
     with use_backend("triton"):
-        logprobs, entropy = token_logprob(hidden, head, ids(2, 99))
+        logprobs, entropy = token_logprob(hidden, head, ids(2, 99).to(DEVICE))
         (logprobs.sum() + entropy.sum()).backward()
     assert grad_of(hidden).isfinite().all()
     assert grad_of(head).isfinite().all()
 
 
 def test_the_chunk_changes_no_bit():
-    hidden, head, targets = randn(9, 40).to(DEVICE), device_weight(randn(301, 40), torch.float32), ids(9, 301)
+    hidden, head, targets = (
+        randn(9, 40).to(DEVICE),
+        device_weight(randn(301, 40), torch.float32),
+        ids(9, 301).to(DEVICE),
+    )
     with use_backend("triton"):
         whole = token_logprob(hidden, head, targets)
         for chunk in (1, 4):
@@ -103,7 +97,7 @@ def test_rows_are_invariant():
 def test_no_rows_give_nothing_and_leave_the_head_alone():
     hidden, head = torch.empty(0, 16, device=DEVICE, requires_grad=True), device_weight(randn(99, 16), torch.float32)
     with use_backend("triton"):
-        logprobs, entropy = token_logprob(hidden, head, ids(0, 99))
+        logprobs, entropy = token_logprob(hidden, head, ids(0, 99).to(DEVICE))
         (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.shape == entropy.shape == (0,)
     assert not grad_of(head).any()

@@ -1,0 +1,61 @@
+"""Public ops on CPU tensors, by what the compiler makes of their kernels for Hopper: `with simulated(): ...`.
+
+Every launch is compiled as it would be for the GPU (`benchmarks.compile.compiled_for`), tiles and all, and its PTX run
+by `tests.ptx.machine`; the op goes on with what it left in memory. Not in a process whose kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.compile import compiled_for
+from engine.kernels.op import use_backend
+from engine.kernels.triton.launch import Launch, running
+from tests.ptx.machine import Machine
+from tests.ptx.parse import Module, PTXError, parse
+
+CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
+_compiled: dict[str, tuple[Module, int]] = {}
+_machines: dict[tuple[str, str, str], Machine] = {}
+
+
+@contextmanager
+def simulated(schedule: str = "in order", completion: str = "early", seed: int = 0) -> Iterator[list[Launch]]:
+    """Ops run on Triton's backends, in the simulator; yields what has been launched so far. See `Machine`."""
+    launches: list[Launch] = []
+
+    def run(launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        launches.append(launch)
+        machine = machine_of(launch, schedule, completion)
+        machine.chance.seed(seed)
+        run_launch(machine, launch, grid, arguments)
+
+    with use_backend("triton"), running(run, PROCESSORS, CAPABILITY // 10):
+        yield launches
+
+
+def machine_of(launch: Launch, schedule: str, completion: str) -> Machine:
+    """The kernel, compiled and decoded once in a process for what its code depends on."""
+    key = repr((launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
+                sorted(launch.divisible), launch.num_warps, launch.num_stages))  # fmt: skip
+    if key not in _compiled:
+        compiled = compiled_for(launch, CAPABILITY)
+        _compiled[key] = (parse(compiled.asm["ptx"]), compiled.metadata.shared)
+    if (key, schedule, completion) not in _machines:
+        module, shared = _compiled[key]
+        (name,) = module.kernels
+        threads = module.kernels[name].threads
+        if threads is None:
+            raise PTXError(f"{name} does not say how many threads a block has")
+        _machines[key, schedule, completion] = Machine(module, name, threads, shared, schedule, completion)
+    return _machines[key, schedule, completion]
+
+
+def run_launch(machine: Machine, launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    """Constants are no parameters; the compiler's own two, for scratch memory, come last and are not used."""
+    given = [value for name, value in zip(launch.kernel.arg_names, arguments, strict=False)
+             if launch.signature[name] != "constexpr"]  # fmt: skip
+    scratch = [None] * (len(machine.kernel.parameters) - len(given))
+    machine.run(grid, [*given, *scratch])

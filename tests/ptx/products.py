@@ -1,0 +1,80 @@
+"""wgmma in flight: products between their issue and the wait that lets registers be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tests.ptx.fragments import accumulated
+from tests.ptx.ordering import ProtocolError
+from tests.ptx.parse import Register
+
+
+@dataclass
+class Product:
+    """One wgmma.mma_async of a warpgroup: `sums` [64, columns] float32 (or the product before, on the same registers)
+    plus what `operands` reads when it is called: A [64, K] and B [columns, K]."""
+
+    registers: tuple[Register, ...]
+    sums: np.ndarray | Product
+    operands: Callable[[], tuple[np.ndarray, np.ndarray]]
+    pieces: np.ndarray
+    line: int
+    result: np.ndarray | None = None
+
+    def run(self) -> np.ndarray:
+        if self.result is None:
+            before = self.sums.run() if isinstance(self.sums, Product) else self.sums
+            self.sums = self.result = accumulated(before, *self.operands())
+        return self.result
+
+
+@dataclass
+class Warpgroup:
+    """The products in flight of one warpgroup, in the order of their issue; `groups` are committed."""
+
+    groups: list[list[Product]] = field(default_factory=list)
+    open: list[Product] = field(default_factory=list)
+    writers: dict[Register, Product] = field(default_factory=dict)
+
+    def before(self, registers: tuple[Register, ...]) -> Product | None:
+        """The product in flight that these sums continue. Raises ProtocolError where one writes to some of the
+        registers, or to all of them in another order: only a product of the same shape may follow without a wait."""
+        found = {id(self.writers.get(register)): self.writers.get(register) for register in registers}
+        product = next(iter(found.values()))
+        if len(found) == 1 and (product is None or product.registers == registers):
+            return product
+        raise ProtocolError("a product in flight writes to some of this one's registers of sums")
+
+    def check_idle(self, registers: tuple[Register, ...]) -> None:
+        """Raises ProtocolError where a product in flight writes to one of the registers."""
+        for register in registers:
+            if register in self.writers:
+                raise ProtocolError(
+                    f"{register.name} is read, which the wgmma of line {self.writers[register].line} writes, which is in flight"
+                )
+
+    def issue(self, product: Product) -> None:
+        self.open.append(product)
+        self.writers.update(dict.fromkeys(product.registers, product))
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, most: int) -> tuple[list[Product], list[Product]]:
+        """Completes all groups but the last `most`: (their products, those of them whose result belongs in the
+        registers, because no product in flight goes on with it)."""
+        count = max(0, len(self.groups) - most)
+        done = [product for group in self.groups[:count] for product in group]
+        self.groups = self.groups[count:]
+        last = []
+        for product in done:
+            product.run()
+            if self.writers.get(product.registers[0]) is product:
+                last.append(product)
+                for register in product.registers:
+                    del self.writers[register]
+        return done, last
