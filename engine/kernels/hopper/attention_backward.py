@@ -1,7 +1,4 @@
-"""Attention's backward on Hopper: `attention_gradients` in place of the walks of the plain backward, which does the rest.
-
-# T tokens, H query heads, K kv heads, G = H / K, Dh head width
-"""
+"""Attention's backward on Hopper: the plain one, with the walks of `attention_gradients` in place of its own."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from engine.kernels.hopper.attention_gradients import grad_keys, grad_queries, r
 from engine.kernels.triton import attention_backward as plain
 from engine.kernels.triton.attention_backward_work import Tiles
 from engine.kernels.triton.attention_plan import DevicePlan
-from engine.kernels.triton.launch import launch
-from engine.kernels.triton.rotate import aligned
+from engine.kernels.triton.launch import aligned, launch
 from engine.kernels.weight import Weight
 
 if TYPE_CHECKING:
@@ -31,8 +27,8 @@ _STATISTICS_ROWS = 32  # of a program
 
 
 def serves(spec: AttentionSpec, dtype: torch.dtype) -> bool:
-    """Whether these kernels do attention of this shape: heads of 64 or 128 in 16 bits. A token has a power of 2 of rows,
-    of which a quarter at most may be nobody's: the plain kernels waste less."""
+    """Whether these kernels do attention of this shape: heads of 64 or 128 in 16 bits. A token has a power of 2 of
+    rows; where more than a quarter of them are no head's, the plain kernels waste less."""
     group = spec.num_heads // spec.num_kv_heads
     padded = triton.next_power_of_2(group)
     return dtype.itemsize == 2 and spec.head_dim in (64, 128) and padded <= 64 and 4 * group >= 3 * padded
@@ -74,7 +70,7 @@ def _walks(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Ten
         return
     group, tiles = heads // kv_heads, tiles_for(spec)
     padded = tiles.token_rows
-    pitch = triton.cdiv(len(q) * padded, 4) * 4  # copies start rows at multiples of 16 bytes
+    pitch = triton.cdiv(len(q) * padded, 16) * 16  # of the rows of `statistics`, which copies want to start at 16 bytes
     statistics = empty((4 * kv_heads, pitch), torch.float32, q.device)
     num_rows = plan.num_tokens * kv_heads * padded
     shape = {"HEADS": heads, "GROUP": group, "PADDED": padded, "DIM": dim}

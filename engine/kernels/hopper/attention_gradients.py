@@ -1,30 +1,34 @@
-"""Attention, backward, on Hopper: the two kernels of `engine.kernels.triton.attention_backward`, warp-specialised.
+"""The walks of attention's backward on Hopper, see `engine.kernels.triton.attention_backward` for what they compute.
 
-A block is two warpgroups that multiply, each with 64 of the tile's 128 rows (or keys), and a warp that loads. The tile's
-own side stays in shared memory; the other side comes by TMA into a ring of stages, each guarded by a barrier that
+A block is two warpgroups that multiply, each with 64 of a tile's 128 rows or keys, and a warp that loads. The tile's
+own side is loaded once (`resident`); the side to walk comes by TMA into a ring of stages, each with a barrier that
 counts its bytes (`full`) and one that counts the warpgroups that are through with it (`empty`):
 
-  grad_queries, a tile of rows:   walks keys:   S = Q K', dP = dO V', dS = P (dP - D),   dQ += dS K
-  grad_keys, a tile of keys:      walks rows:   S' = K Q', dP' = V dO',   dV += P' dO,   dK += dS' Q
+  grad_queries, a tile of rows:   for key tiles:   S  = Q K',  dP  = dO V';   dQ += dS K
+  grad_keys, a tile of keys:      for row tiles:   S' = K Q',  dP' = V dO';   dV += P' dO,  dK += dS' Q
 
-P = 2^(c S - L). S and dP are issued together, and 2^x is taken while dP is still being multiplied; for the rest a
-warpgroup leaves the tensor cores to the other one. P and dS go to the products that they enter in registers, rounded to
-the model's type. Sums are fp32 and have one order: nothing is added by two programs, and the same call has the same
-bits.
+S and dP are issued together, so that P = 2^(c S - L) is taken while dP is multiplied, and in grad_keys dS while P' dO
+is; for the rest a warpgroup leaves the tensor cores to the other. P and dS stay in registers. A stage is given back
+when its last product is done: a product in flight where a loop begins again would have the assembler wait for each.
 
-A tile of a ring may reach past what its sequence has, where other sequences are, or nothing. S and dP of these rows are
-not looked at; but dQ, dK and dV multiply them by zero, and 0 x NaN is NaN, so both warpgroups first overwrite them with
-zeros in shared memory, half of the tile each.
+Clocks of an SM for a step of 64 rows or keys, heads of 128 (bf16; 2,048 pairs multiplied and 128 bytes read a clock):
 
-# T tokens, H query heads, K kv heads, G = H / K, Dh head width
+                    wgmma    its operands from shared memory    copies into it    2^x
+  grad_queries      1,536                 1,024                       256         512
+  grad_keys         2,048                 1,536                       264         512
+
+Q of grad_queries is multiplied from registers: from shared memory its operands would take as long as the products.
+
+The last tile of a walk may reach past its sequence: into the next one, or where nothing is. Its masks set P to 0 there,
+but 0 x NaN is NaN, so these rows are zeroed in shared memory first, half of a tile by either warpgroup.
+
+# H query heads, K kv heads, G = H / K of them share one; PADDED: the next power of 2, as many rows as a token has
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -139,14 +143,14 @@ def _key_range(work, last_keys, PADDED: gl.constexpr, KEYS: gl.constexpr, WINDOW
 
 @gluon.jit
 def _add_queries(
-    barriers, tiles, inputs, turned,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
-    STAGES: gl.constexpr, PART: gl.constexpr,
+    barriers, tiles, inputs,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """dQ of 64 rows: what a warpgroup of grad_queries does."""
     resident, full, empty, zeroed = barriers
     q_rows, d_out_rows, k_ring, v_ring = tiles
-    statistics, last_keys, work, pitch, factor, scale = inputs
+    statistics, last_keys, work, turned, pitch, factor, scale = inputs
     SCORES: gl.constexpr = _product_of(KEYS)
     SUMS: gl.constexpr = _product_of(DIM)
     kv_head = gl.program_id(1)
@@ -199,13 +203,14 @@ def _add_queries(
 
 @gluon.jit
 def _load_keys(
-    barriers, tiles, sources, last_keys, work,
-    GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    barriers, tiles, sources,
+    GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """What the loading warp of grad_queries does."""
     resident, full, empty, _ = barriers
     q_rows, d_out_rows, k_ring, v_ring = tiles
-    q, d_out, k, v = sources
+    q, d_out, k, v, last_keys, work = sources
     kv_head = gl.program_id(1)
     first, _ = _query_rows(work, PADDED)
     begin, end, _, _ = _key_range(work, last_keys, PADDED, KEYS, WINDOW)
@@ -227,8 +232,8 @@ def _load_keys(
 @gluon.jit
 def grad_queries(
     q, d_out, k, v, statistics, last_keys, turned, work, pitch, factor, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
-    STAGES: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_rows = gl.allocate_shared_memory(q.dtype, [2, _HALF // PADDED, PADDED, DIM], q.layout)
     d_out_rows = gl.allocate_shared_memory(q.dtype, [2, _HALF // PADDED, PADDED, DIM], q.layout)
@@ -241,12 +246,13 @@ def grad_queries(
     fence_async_shared()
     barriers = (resident, full, empty, zeroed)
     tiles = (q_rows, d_out_rows, k_ring, v_ring)
-    inputs = (statistics, last_keys, work, pitch, factor, scale)
+    inputs = (statistics, last_keys, work, turned, pitch, factor, scale)
+    sources = (q, d_out, k, v, last_keys, work)
     gl.warp_specialize(
         [
-            (_add_queries, (barriers, tiles, inputs, turned, HEADS, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES, 0)),
-            (_add_queries, (barriers, tiles, inputs, turned, HEADS, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES, 1)),
-            (_load_keys, (barriers, tiles, (q, d_out, k, v), last_keys, work, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES)),
+            (_add_queries, (barriers, tiles, inputs, HEADS, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES, 0)),
+            (_add_queries, (barriers, tiles, inputs, HEADS, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES, 1)),
+            (_load_keys, (barriers, tiles, sources, GROUP, PADDED, DIM, KEYS, WINDOW, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -255,7 +261,7 @@ def grad_queries(
 
 @gluon.jit
 def _row_range(work, PADDED: gl.constexpr):
-    """First token that sees a key of a tile; rows from there on to walk; those between which every row sees them all."""
+    """First token that sees a key of a tile; rows to walk from there; those between which every row sees every key."""
     item = work + gl.program_id(0) * 7
     seen = gl.load(item + 3)
     end = (gl.load(item + 6) - seen) * PADDED
@@ -264,14 +270,14 @@ def _row_range(work, PADDED: gl.constexpr):
 
 @gluon.jit
 def _add_keys(
-    barriers, tiles, inputs, turned, d_values,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr,
-    STAGES: gl.constexpr, PART: gl.constexpr,
+    barriers, tiles, inputs,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 keys: what a warpgroup of grad_keys does."""
     resident, full, empty, zeroed = barriers
     k_rows, v_rows, q_ring, d_out_ring, statistics_ring = tiles
-    work, d_row, factor, scale = inputs
+    work, turned, d_values, d_row, factor, scale = inputs
     SCORES: gl.constexpr = _product_of(ROWS)
     SUMS: gl.constexpr = _product_of(DIM)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -328,13 +334,13 @@ def _add_keys(
 
 @gluon.jit
 def _load_rows(
-    barriers, tiles, sources, work,
+    barriers, tiles, sources,
     GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What the loading warp of grad_keys does."""
     resident, full, empty, _ = barriers
     k_rows, v_rows, q_ring, d_out_ring, statistics_ring = tiles
-    q, d_out, k, v, statistics = sources
+    q, d_out, k, v, statistics, work = sources
     kv_head = gl.program_id(1)
     seen, end, _, _ = _row_range(work, PADDED)
     item = work + gl.program_id(0) * 7
@@ -356,8 +362,8 @@ def _load_rows(
 @gluon.jit
 def grad_keys(
     q, d_out, k, v, statistics, turned, d_values, work, d_row, factor, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WINDOW: gl.constexpr,
-    STAGES: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PADDED: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     k_rows = gl.allocate_shared_memory(k.dtype, [2, _HALF, DIM], k.layout)
     v_rows = gl.allocate_shared_memory(k.dtype, [2, _HALF, DIM], k.layout)
@@ -371,12 +377,13 @@ def grad_keys(
     fence_async_shared()
     barriers = (resident, full, empty, zeroed)
     tiles = (k_rows, v_rows, q_ring, d_out_ring, statistics_ring)
-    inputs = (work, d_row, factor, scale)
+    inputs = (work, turned, d_values, d_row, factor, scale)
+    sources = (q, d_out, k, v, statistics, work)
     gl.warp_specialize(
         [
-            (_add_keys, (barriers, tiles, inputs, turned, d_values, HEADS, GROUP, PADDED, DIM, ROWS, WINDOW, STAGES, 0)),
-            (_add_keys, (barriers, tiles, inputs, turned, d_values, HEADS, GROUP, PADDED, DIM, ROWS, WINDOW, STAGES, 1)),
-            (_load_rows, (barriers, tiles, (q, d_out, k, v, statistics), work, GROUP, PADDED, DIM, ROWS, STAGES)),
+            (_add_keys, (barriers, tiles, inputs, HEADS, GROUP, PADDED, DIM, ROWS, WINDOW, STAGES, 0)),
+            (_add_keys, (barriers, tiles, inputs, HEADS, GROUP, PADDED, DIM, ROWS, WINDOW, STAGES, 1)),
+            (_load_rows, (barriers, tiles, sources, GROUP, PADDED, DIM, ROWS, STAGES)),
         ],
         [4, 1],
         [240, 24],

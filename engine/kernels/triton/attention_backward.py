@@ -36,8 +36,8 @@ from engine.kernels.weight import Weight
 if TYPE_CHECKING:
     from engine.kernels.attention import AttentionPlan, AttentionSpec
 
-# (q, k, v, d_out, out, lse, fp32 gradients of turned queries [T, H, Dh] and keys [T_kv, K, Dh] to fill, rows of those of
-# values to fill, spec, plan, work of either kernel): takes the place of both kernels
+# (q, k, v, d_out, out, lse, to fill: fp32 gradients of turned queries [T, H, Dh] and keys [T_kv, K, Dh], and rows with
+# those of values; spec, plan, work of either kernel): takes the place of both kernels
 Walks = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "AttentionSpec", DevicePlan, Tensor,
      Tensor],
@@ -83,7 +83,7 @@ def backward(
     on_device = plan.on_device(device)
     query_work, key_work = on_device.derived(
         (tiles, group, window),
-        lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, tiles.token_rows or group, window, tiles)],
+        lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, group, window, tiles)],
     )
     q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, None, None, q_norm, k_norm)
     d_qkv = empty(tuple(qkv.shape), qkv.dtype, device)

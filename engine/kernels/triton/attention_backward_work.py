@@ -37,6 +37,7 @@ def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tu
     it has, and four tokens: the first that sees one of them, the first that is not before any of them, the first that
     the window hides one from, the first that it hides all from.
     """
+    group = tiles.token_rows or group
     starts = plan.kv_plan.cu_seqlens.numpy().astype(np.int64)
     rows = plan.rows().numpy()  # the key row of each query, rising
     query_starts = np.searchsorted(rows, starts)
