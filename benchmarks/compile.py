@@ -33,6 +33,7 @@ from triton import compile as triton_compile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.compile_cases import DTYPES, MAY_SPILL, CompileCase, collected
 from engine.kernels.triton.launch import Launch
@@ -113,7 +114,7 @@ def jobs(cases: Sequence[CompileCase], dtypes: Sequence[torch.dtype], targets: S
 
 def compiled_for(launch: Launch, capability: int) -> CompiledKernel:
     """The kernel as it would be compiled when it is launched on a GPU of this capability, such as 90."""
-    source = ASTSource(
+    source = (GluonASTSource if launch.gluon else ASTSource)(
         launch.kernel,
         launch.signature,
         launch.constants,

@@ -21,19 +21,30 @@ _compiled: dict[str, tuple[Module, int]] = {}
 _machines: dict[tuple[str, str, str], Machine] = {}
 
 
+class Simulator:
+    """Runs launches; `launches` are those so far. See `Machine` for the options."""
+
+    def __init__(self, schedule: str = "in order", completion: str = "early", seed: int = 0) -> None:
+        self.schedule, self.completion, self.seed = schedule, completion, seed
+        self.launches: list[Launch] = []
+
+    def __call__(self, launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        self.launches.append(launch)
+        machine = machine_of(launch, self.schedule, self.completion)
+        machine.chance.seed(self.seed)
+        # Constants are no parameters; the compiler's own two, for scratch memory, come last and are not used.
+        given = [value for name, value in zip(launch.kernel.arg_names, arguments, strict=False)
+                 if launch.signature[name] != "constexpr"]  # fmt: skip
+        scratch = [None] * (len(machine.kernel.parameters) - len(given))
+        machine.run(grid, [*given, *scratch])
+
+
 @contextmanager
 def simulated(schedule: str = "in order", completion: str = "early", seed: int = 0) -> Iterator[list[Launch]]:
-    """Ops run on Triton's backends, in the simulator; yields what has been launched so far. See `Machine`."""
-    launches: list[Launch] = []
-
-    def run(launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        launches.append(launch)
-        machine = machine_of(launch, schedule, completion)
-        machine.chance.seed(seed)
-        run_launch(machine, launch, grid, arguments)
-
-    with use_backend("triton"), running(run, PROCESSORS, CAPABILITY // 10):
-        yield launches
+    """Ops run on Triton's backends, in the simulator; yields what has been launched so far."""
+    simulator = Simulator(schedule, completion, seed)
+    with use_backend("triton"), running(simulator, PROCESSORS, CAPABILITY // 10):
+        yield simulator.launches
 
 
 def machine_of(launch: Launch, schedule: str, completion: str) -> Machine:
@@ -51,11 +62,3 @@ def machine_of(launch: Launch, schedule: str, completion: str) -> Machine:
             raise PTXError(f"{name} does not say how many threads a block has")
         _machines[key, schedule, completion] = Machine(module, name, threads, shared, schedule, completion)
     return _machines[key, schedule, completion]
-
-
-def run_launch(machine: Machine, launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-    """Constants are no parameters; the compiler's own two, for scratch memory, come last and are not used."""
-    given = [value for name, value in zip(launch.kernel.arg_names, arguments, strict=False)
-             if launch.signature[name] != "constexpr"]  # fmt: skip
-    scratch = [None] * (len(machine.kernel.parameters) - len(given))
-    machine.run(grid, [*given, *scratch])

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.machine import BLOCK_HOOKS, SHARED_WINDOW, Block, Run, Threads, addresses, full, operation, reader, writer
+from tests.ptx.machine import (
+    BLOCK_HOOKS,
+    SHARED_WINDOW,
+    Block,
+    Run,
+    Threads,
+    addresses,
+    full,
+    operation,
+    reader,
+    writer,
+)
 from tests.ptx.ordering import ProtocolError, ordering_of
 from tests.ptx.parse import Instruction, Operand, Sink
 

@@ -34,9 +34,7 @@ def ordering_of(block: Block) -> Ordering:
 
 
 def _begin(block: Block) -> None:
-    ordering = block.state["ordering"] = Ordering(
-        -(-block.size // 32), len(block.shared), fences=block.machine.fences
-    )
+    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=block.machine.fences)
 
     def wrote(threads: Threads, places: np.ndarray, size: int) -> None:
         ordering.wrote(threads.index // 32, places.astype(np.int64), size)

@@ -5,7 +5,7 @@ Dimensions are in the hardware's order, the innermost first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,3 +119,15 @@ class TensorMap:
         """Writes the bytes of a box to the tensor; what is outside of it is left out."""
         inside, place = self._inside(view(self.base, self.extent), start)
         inside[...] = data.reshape(*self.box[::-1], self.element_size)[place]
+
+
+def expanded(arguments: Iterable[Any], metadata: Iterable[dict[str, Any]]) -> list[Any]:
+    """The parameters of a compiled kernel for the arguments of its launch: a host tensor descriptor becomes its tensor
+    map, the sides of its tensor and their strides. `metadata` is the kernel's `tensordesc_meta`."""
+    how, found = iter(metadata), []
+    for argument in arguments:
+        if hasattr(argument, "block_shape"):
+            found += [TensorMap.of(argument, next(how)), *argument.shape, *argument.strides]
+        else:
+            found.append(argument)
+    return found

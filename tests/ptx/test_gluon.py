@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tests.ptx.machine import Machine
 from tests.ptx.parse import Module, PTXError, parse
-from tests.ptx.tensor_map import TensorMap
+from tests.ptx.tensor_map import expanded
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -123,9 +123,7 @@ def _run(columns: int, schedule: str, completion: str, seed: int, fault: str = "
     a = torch.randn(rows, depth, generator=generator).bfloat16()
     b = torch.randn(depth, columns, generator=generator).bfloat16()
     c = torch.full((rows, columns), float("nan"), dtype=torch.bfloat16)
-    arguments: list[Any] = []
-    for descriptor, how in zip(_descriptors(a, b, c), metadata.tensordesc_meta, strict=True):
-        arguments += [TensorMap.of(descriptor, how), *descriptor.shape, *descriptor.strides]
+    arguments = expanded(_descriptors(a, b, c), metadata.tensordesc_meta)
     machine = Machine(module, "_product", 32 * metadata.num_warps, metadata.shared, schedule, completion, seed)
     machine.run((2,), [*arguments, _TILES, None, None])
     return c, a.double() @ b.double()

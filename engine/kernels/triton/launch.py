@@ -24,8 +24,9 @@ _TYPES = {
 class Launch:
     """A kernel as the compiler needs it: no tensor, no value but those that the code depends on.
 
-    `signature` gives each argument's type by name ("*bf16" is a pointer to bfloat16, "constexpr" a constant);
-    `constants` the values of constants; `divisible` the arguments that 16 divides.
+    `signature` gives each argument's type by name ("*bf16" is a pointer to bfloat16, "constexpr" a constant,
+    "tensordesc<bf16[64,64],..>" how the copy engine takes such boxes of a tensor); `constants` the values of constants;
+    `divisible` the arguments that 16 divides.
     """
 
     kernel: Any
@@ -38,6 +39,11 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__
+
+    @property
+    def gluon(self) -> bool:
+        """Whether the kernel is written in Gluon, for one kind of GPU."""
+        return bool(self.kernel.is_gluon())
 
 
 # (kernel, grid, arguments in the order of the kernel's parameters): runs it, or does something else with it
@@ -86,7 +92,8 @@ def launch(
 ) -> None:
     """Runs `kernel` on `grid` programs; nothing happens where one of its sides is 0.
 
-    `arguments` are tensors and numbers in the order of the kernel's parameters, `constants` its `tl.constexpr` ones.
+    `arguments` are tensors, numbers and tensor descriptors in the order of the kernel's parameters, `constants` its
+    `tl.constexpr` ones. The kernel is Triton's or Gluon's.
     Multiplications and additions are never contracted: a kernel says `tl.fma` where it wants one, so that two kernels
     that write the same arithmetic do the same arithmetic.
     """
@@ -122,6 +129,9 @@ def _noted(
             signature[name] = "*" + _TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:
                 divisible.add(name)
+        elif hasattr(value, "block_shape"):
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):

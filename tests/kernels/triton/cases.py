@@ -1,7 +1,10 @@
 """What the tests of Triton kernels share. Without a GPU they run in the interpreter, on the CPU, where bf16 matrix
-products are wrong (Triton's own limitation): tests there use float32 and float16."""
+products are wrong (Triton's own limitation): tests there use float32 and float16. The simulator (tests/ptx/plugin.py)
+runs them in bf16 too."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from engine.kernels.weight import Weight
 from tests.kernels.cases import randn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 needs_triton = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "installed")
 
 
