@@ -85,8 +85,8 @@ def gradients(
     tiles: object = None,
     backward: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
 ) -> list[Tensor]:
-    """d_q, d_kv, and, with norms, d_q_norm, d_k_norm; of the queries in `segments` alone where these are given. From the
-    plain kernels in small tiles, or from another `backward`."""
+    """d_q, d_kv, and, with norms, d_q_norm, d_k_norm; of the queries in `segments` alone where these are given. From
+    the plain kernels in small tiles, or from another `backward`."""
     from engine.kernels.triton.attention_backward import backward as plain
 
     queries = spec.num_heads * spec.head_dim
