@@ -18,7 +18,7 @@ from tests.ptx.parse import Module, PTXError, parse
 from tests.ptx.tensor_map import expanded
 
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
-_compiled: dict[str, tuple[Module, Any]] = {}  # with what the compiler says of it
+_compiled: dict[str, tuple[Module, Any]] = {}
 _machines: dict[tuple[str, str, str], tuple[Machine, Any]] = {}
 
 
@@ -36,7 +36,7 @@ class Simulator:
         # Constants are no parameters; the compiler's own two, for scratch memory, come last and are not used.
         given = [value for name, value in zip(launch.kernel.arg_names, arguments, strict=False)
                  if launch.signature[name] != "constexpr"]  # fmt: skip
-        given = expanded(given, getattr(metadata, "tensordesc_meta", None) or [])
+        given = expanded(given, getattr(metadata, "tensordesc_meta", None) or ())
         scratch = [None] * (len(machine.kernel.parameters) - len(given))
         machine.run(grid, [*given, *scratch])
 
@@ -62,6 +62,7 @@ def machine_of(launch: Launch, schedule: str, completion: str) -> tuple[Machine,
         threads = module.kernels[name].threads
         if threads is None:
             raise PTXError(f"{name} does not say how many threads a block has")
-        machine = Machine(module, name, threads, metadata.shared, schedule, completion)
-        _machines[key, schedule, completion] = (machine, metadata)
+        _machines[key, schedule, completion] = (
+            Machine(module, name, threads, metadata.shared, schedule, completion), metadata,
+        )  # fmt: skip
     return _machines[key, schedule, completion]

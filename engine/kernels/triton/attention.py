@@ -54,6 +54,11 @@ __all__ = ["attend", "backward", "forward", "tiles_of"]
 
 # (q, keys, values, out, partial sums, partial softmaxes, spec, plan, lists, tiles)
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles], None]
+# (q, keys, values, out, lse, partial sums, partial softmaxes, spec, plan, lists, tiles, paged)
+Walk = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles, bool],
+    None,
+]
 NO_SCORE = tl.constexpr(-1e30)  # the running maximum before the first key
 _ITEM = tl.constexpr(ITEM)
 _TURN = tl.constexpr(TURN)
@@ -97,11 +102,12 @@ def forward(
     want_lse: bool,
     tiles: Tiles | None = None,
     decode: Decode | None = None,
+    walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `engine.kernels.attention.attention`: the output [T, H Dh], and lse fp32 [T, H] where it is wanted.
 
     lse[t, h] = log2 of the sum over the keys that row t sees of exp(scale q.k), a logarithm to base 2. `tiles` is for
-    tests that want several splits of a short sequence, and for another `decode` than Triton's.
+    tests that want several splits of a short sequence, and for another `decode` or `walk` than Triton's.
     """
     on_device = plan.on_device(qkv.device)
     _check(qkv, keys, rope, on_device)
@@ -110,7 +116,7 @@ def forward(
     q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, keys, values, q_norm, k_norm)
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype, qkv.device)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32, qkv.device) if want_lse else None
-    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None, decode=decode)
+    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None, decode=decode, walk=walk)
     return out, lse
 
 
@@ -124,10 +130,12 @@ def _check(qkv: Tensor, keys: Tensor | None, rope: Tensor, plan: DevicePlan) -> 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spec: AttentionSpec, plan: DevicePlan,
-           lists: WorkLists, tiles: Tiles, paged: bool, decode: Decode | None = None) -> None:  # fmt: skip
+           lists: WorkLists, tiles: Tiles, paged: bool, decode: Decode | None = None,
+           walk: Walk | None = None) -> None:  # fmt: skip
     """Fills `out` and `lse` from rotated queries [T, H, Dh] and keys and values, in pages or as [T_kv, K, Dh].
 
-    `decode` does what is left after the tiles of `block_m` rows: `lists.decode`, then the fold.
+    `walk` does the tiles of `block_m` rows, `lists.walk`, and `decode` what is left after them: `lists.decode`, then
+    the fold.
     """
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     partials = tiles.partials if plan.fixed else lists.num_partials
@@ -146,7 +154,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
         if place == 1 and decode is not None:
             decode(q, k, v, out, sums, softmaxes, spec, plan, lists, tiles)
             return
-        if number or plan.fixed:
+        if place == 0 and walk is not None:
+            if number or plan.fixed:
+                walk(q, k, v, out, lse, sums, softmaxes, spec, plan, lists, tiles, paged)
+        elif number or plan.fixed:
             launch(
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,
                 items, lists.counts, plan.tables, plan.last_keys, q.shape[0], spec.scale * math.log2(math.e),
