@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.graph import empty
 from engine.kernels.hopper.attention_gradients import grad_keys, grad_queries, row_statistics
+from engine.kernels.hopper.gluon import tensor_map
 from engine.kernels.triton import attention_backward as plain
 from engine.kernels.triton.attention_backward_work import Tiles
 from engine.kernels.triton.attention_plan import DevicePlan
@@ -78,22 +77,16 @@ def _walks(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Ten
         row_statistics, (triton.cdiv(num_rows, _STATISTICS_ROWS),), d_out, out, lse, plan.last_keys, statistics,
         num_rows, pitch, ROWS=_STATISTICS_ROWS, **shape,
     )  # fmt: skip
-    queries, d_outs = (_boxes(x.view(-1, heads, dim), [64 // padded, padded, dim]) for x in (q, d_out))
+    queries, d_outs = (tensor_map(x.view(-1, heads, dim), [64 // padded, padded, dim]) for x in (q, d_out))
     scalars = spec.scale * plain.LOG2E, spec.scale
     shape |= {"WINDOW": spec.window or 0, "STAGES": _STAGES, "num_warps": 4}
-    keys, values = (_boxes(x.view(-1, kv_heads * dim), [tiles.query_keys, dim]) for x in (k, v))
+    keys, values = (tensor_map(x.view(-1, kv_heads * dim), [tiles.query_keys, dim]) for x in (k, v))
     launch(
         grad_queries, (len(query_work), kv_heads), queries, d_outs, keys, values, statistics, plan.last_keys, turned_q,
         query_work, pitch, *scalars, KEYS=tiles.query_keys, **shape,
     )  # fmt: skip
-    keys, values = (_boxes(x.view(-1, kv_heads * dim), [64, dim]) for x in (k, v))
+    keys, values = (tensor_map(x.view(-1, kv_heads * dim), [64, dim]) for x in (k, v))
     launch(
-        grad_keys, (len(key_work), kv_heads), queries, d_outs, keys, values, _boxes(statistics, [4, _KEY_ROWS]),
+        grad_keys, (len(key_work), kv_heads), queries, d_outs, keys, values, tensor_map(statistics, [4, _KEY_ROWS]),
         turned_k, d_values, key_work, d_values.stride(0), *scalars, ROWS=_KEY_ROWS, **shape,
     )  # fmt: skip
-
-
-def _boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
-    """What a copy of a box of `x` into shared memory is described by. 16-bit boxes are there as wgmma reads them."""
-    layout = NVMMASharedLayout(128 if x.element_size() == 2 else 0, 8 * x.element_size(), len(box))
-    return TensorDescriptor.from_tensor(x, box, layout)
