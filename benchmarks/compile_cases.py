@@ -30,9 +30,6 @@ from engine.kernels.weight import Weight
 
 WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
 TOKENS, PAGE_SIZE = 512, 16
-# Bytes that a thread may spill, stores and loads together. What attention spills where a program has keys of several
-# splits is the result of those before, which is touched once in 512 keys.
-MAY_SPILL = {"attention._attend": 176}
 DTYPES = tuple(dtype for dtype in TRITON_DTYPES if dtype in MODEL_DTYPES.values())
 
 
@@ -94,9 +91,6 @@ def _attention(dtype: torch.dtype) -> None:
 
 
 def _attention_e4m3(dtype: torch.dtype) -> None:
-    """Not for float32 models: nobody saves on pages and not on weights, and tiles widened to float32 spill."""
-    if dtype == torch.float32:
-        return
     for head_dim in (128, 256):
         _attention_of(dtype, head_dim, e4m3=True)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import triton
+
 from benchmarks.compile import compiled_for
 from engine.kernels.op import use_backend
 from engine.kernels.triton.launch import Launch, running
@@ -18,6 +20,7 @@ from tests.ptx.parse import Module, PTXError, parse
 from tests.ptx.tensor_map import expanded
 
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
+_PROXY_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # older ones leave some out
 _compiled: dict[str, tuple[Module, Any]] = {}
 _machines: dict[tuple[str, str, str], tuple[Machine, Any]] = {}
 
@@ -42,10 +45,12 @@ class Simulator:
 
 
 @contextmanager
-def simulated(schedule: str = "in order", completion: str = "early", seed: int = 0) -> Iterator[list[Launch]]:
-    """Ops run on Triton's backends, in the simulator; yields what has been launched so far."""
+def simulated(
+    schedule: str = "in order", completion: str = "early", seed: int = 0, backend: str = "triton"
+) -> Iterator[list[Launch]]:
+    """Ops run on the backend of this name (see `use_backend`) in the simulator; yields what was launched so far."""
     simulator = Simulator(schedule, completion, seed)
-    with use_backend("triton"), running(simulator, PROCESSORS, CAPABILITY // 10):
+    with use_backend(backend), running(simulator, PROCESSORS, CAPABILITY // 10):
         yield simulator.launches
 
 
@@ -63,6 +68,7 @@ def machine_of(launch: Launch, schedule: str, completion: str) -> tuple[Machine,
         if threads is None:
             raise PTXError(f"{name} does not say how many threads a block has")
         _machines[key, schedule, completion] = (
-            Machine(module, name, threads, metadata.shared, schedule, completion), metadata,
+            Machine(module, name, threads, metadata.shared, schedule, completion,
+                    fences=_PROXY_FENCES or launch.gluon), metadata,
         )  # fmt: skip
     return _machines[key, schedule, completion]

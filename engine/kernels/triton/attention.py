@@ -73,21 +73,28 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     processors, major = gpu_of(device)
     if dtype == torch.float32:  # products on the plain cores, whose operands all lie in registers
         block_m, block_n = (64, 32) if width <= 64 else (32, 32 if width <= 128 else 16)
+        e4m3 = spec.kv_dtype is not None  # with widened tiles, a second stage would leave too few registers
+        if e4m3:
+            block_n = 32
         return Tiles(
-            block_m, block_m, block_n, warps=8, decode_warps=8, programs=processors, decode_programs=processors
-        )
+            block_m, block_m, block_n, warps=8, decode_warps=8, stages=2 - e4m3, decode_stages=2 - e4m3,
+            programs=processors, decode_programs=processors, fold_after=e4m3 or width > 64,
+        )  # fmt: skip
     if major == 9:
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
-            return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
+            return Tiles(
+                64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors, reload=True
+            )
         block_n = 128 if width <= 64 else 64  # more would leave no room for the two sums of 128 columns
         return Tiles(
-            128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors
-        )
+            128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors,
+            reload=True,
+        )  # fmt: skip
     block_n, stages = (64, 2) if width <= 128 else (32, 1)
     decode_stages = 3 if major == 10 and width <= 128 else stages  # on others a block may have no more than 100 KB
     return Tiles(
         64, 64, block_n, warps=8, decode_warps=8, stages=stages, decode_stages=decode_stages,
-        programs=processors, decode_programs=processors,
+        programs=processors, decode_programs=processors, fold_after=True,
     )  # fmt: skip
 
 
@@ -166,7 +173,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
                 items, lists.counts, plan.tables, plan.last_keys, q.shape[0], spec.scale * math.log2(math.e),
                 spec.window or 0, *strides, **shape, LIST=place, FOLDS=place == 0, PAGE=plan.page_size if paged else 0,
                 BLOCK_M=block, BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None,
-                STAGES=stages, num_warps=warps, num_stages=stages,
+                STAGES=stages, FOLD_AFTER=tiles.fold_after, RELOAD=tiles.reload, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     if lists.num_turns or plan.fixed:
         programs = _FOLD_PROGRAMS if plan.fixed else min(_FOLD_PROGRAMS, lists.num_turns * K)
@@ -208,13 +215,27 @@ def _pages(table, tile, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(halves, mask=key < key_end, other=0), tl.load(halves + 1, mask=key < key_end, other=0)
 
 
+@triton.jit
+def _rows(
+    first_row, num_rows, num_tokens, head,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of an item: tokens, rows of the output (fewer than 2**31, of all heads), and which there are."""
+    place = tl.arange(0, BLOCK_M)
+    token = (first_row + place) // GROUP
+    here = (place < num_rows) & (token < num_tokens)
+    row = token * (GROUP * KV_HEADS) + head * GROUP + (first_row + place) % GROUP
+    inside = here[:, None] & (tl.arange(0, PADDED) < DIM)[None] if DIM < PADDED else here[:, None]
+    return token, row, here, inside
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
     q, k, v, out, lse, sums, softmaxes, items, counts, tables, last_keys, num_tokens, factor, window,
     page_stride, head_stride, slot_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, LIST: tl.constexpr,
     FOLDS: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    WINDOWED: tl.constexpr, STAGES: tl.constexpr,
+    WINDOWED: tl.constexpr, STAGES: tl.constexpr, FOLD_AFTER: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     dtype = q.dtype.element_ty
     columns = tl.arange(0, PADDED)
@@ -224,12 +245,7 @@ def _attend(
         first_row, num_rows, table = tl.load(item), tl.load(item + 1), tl.load(item + 2).to(tl.int64)
         key_begin, key_end = tl.load(item + 3), tl.load(item + 4)
         seen_begin, seen_end, part = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
-        place = tl.arange(0, BLOCK_M)
-        token = (first_row + place) // GROUP
-        here = (place < num_rows) & (token < num_tokens)
-        query_head = head * GROUP + (first_row + place) % GROUP
-        row = token * (GROUP * KV_HEADS) + query_head  # fewer than 2**31, of all heads
-        inside = here[:, None] & (columns < DIM)[None] if DIM < PADDED else here[:, None]
+        token, row, here, inside = _rows(first_row, num_rows, num_tokens, head, GROUP, KV_HEADS, DIM, PADDED, BLOCK_M)
         queries = tl.load(q + row.to(tl.int64)[:, None] * DIM + columns[None], mask=inside, other=0.0)
         last = tl.load(last_keys + token, mask=here, other=-1)
         run_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
@@ -239,9 +255,7 @@ def _attend(
         if PAGE:
             low, high = _pages(tables + table, key_begin, key_end, PAGE, BLOCK_N)
         for tile in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
-            if (
-                FOLDS and tile % SPLIT == 0
-            ):  # without FOLDS no item has keys of two splits; the first fold is of nothing
+            if FOLDS and not FOLD_AFTER and tile % SPLIT == 0:  # the first fold is of nothing
                 run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
                 part_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
                 part_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -270,6 +284,16 @@ def _attend(
             value_tile = tl.load(v + at, mask=there, other=0.0).to(dtype)
             part_acc = tl.dot(p.to(dtype), value_tile, part_acc * a[:, None], input_precision="ieee")
             part_max = top
+            if FOLDS and FOLD_AFTER and ((tile + BLOCK_N) % SPLIT == 0) & (tile + BLOCK_N < key_end):
+                run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
+                part_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+                part_sum = tl.zeros([BLOCK_M], tl.float32)
+                part_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
+        if RELOAD:
+            first_row, num_rows = tl.load(item, volatile=True), tl.load(item + 1, volatile=True)
+            token, row, here, inside = _rows(
+                first_row, num_rows, num_tokens, head, GROUP, KV_HEADS, DIM, PADDED, BLOCK_M
+            )
         if part >= 0:
             slot = row + (part - first_row // GROUP) * (GROUP * KV_HEADS)
             tl.store(sums + slot.to(tl.int64)[:, None] * DIM + columns[None], part_acc, mask=inside)
