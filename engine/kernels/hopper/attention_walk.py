@@ -33,6 +33,7 @@ _ROWS = gl.constexpr(64)  # of a consumer
 _HALF = gl.constexpr(64)  # columns of a copy
 _CONSUMER_REGISTERS = gl.constexpr(232)
 _PRODUCER_REGISTERS = gl.constexpr(40)
+_LONE_PRODUCER_REGISTERS = gl.constexpr(128)  # beside one consumer there are more than enough
 
 
 @gluon.constexpr_function
@@ -43,7 +44,7 @@ def _in_eights(number):
     return gl.DistributedLinearLayout([[0, 1], *eights], [*lanes, *[nothing] * 3], [nothing] * 2, [], [number // 8, 8])
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "window"])
 def walk(
     q, q_map, k_map, v_map, out, lse, sums, softmaxes, items, counts, tables, last_keys, num_tokens, factor, window,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PADDED: gl.constexpr, PAGE: gl.constexpr,
@@ -100,7 +101,7 @@ def walk(
                 (_produce, (memory, batch, q_map, k_map, v_map, GROUP, KV_HEADS, PADDED, PAGE, BOX, BLOCK_N, STAGES,
                             1)),
             ],
-            [1], [_PRODUCER_REGISTERS],
+            [1], [_LONE_PRODUCER_REGISTERS],
         )  # fmt: skip
 
 
@@ -368,9 +369,10 @@ def _columns(s):
 def _masked(s, tile, last, window, WINDOWED: gl.constexpr):
     """-inf where the row does not see the key."""
     column = _columns(s)
-    seen = column[None, :] <= (last - tile)[:, None]
-    if WINDOWED:
-        seen &= column[None, :] > (last - tile - window)[:, None]
+    if WINDOWED:  # from 0 to window - 1 keys back; keys to come are more than 2**31 back, unsigned
+        seen = ((last - tile)[:, None] - column[None, :]).to(gl.uint32) < window.to(gl.uint32)
+    else:
+        seen = column[None, :] <= (last - tile)[:, None]
     return gl.where(seen, s, float("-inf"))
 
 
