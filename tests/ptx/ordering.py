@@ -117,6 +117,8 @@ class Ordering:
         words = (pieces[:, None] * 4 + np.arange(4)).reshape(-1)
         self._check_order(np.array(warp), words, "has a bulk copy write")
         self._check_reads(np.array([warp]), words[None])
+        if self.fences:
+            self._check_fenced(warp, words, "writes")
         actor = self._actors.setdefault(barrier, self.warps + len(self._actors))
         self._copies[actor] += 1
         self.writers[words] = actor
@@ -138,7 +140,7 @@ class Ordering:
         for warp in listed:
             self._check_order(np.array(warp), words, "has the async proxy read")
             if self.fences:
-                self._check_fenced(int(warp), words)
+                self._check_fenced(int(warp), words, "reads")
         self.reads[listed[:, None], words] = _NEVER
 
     def ends_async_read(self, warps: Iterable[int], pieces: np.ndarray) -> None:
@@ -171,13 +173,13 @@ class Ordering:
                     f"which reads there"
                 )
 
-    def _check_fenced(self, warp: int, words: np.ndarray) -> None:
+    def _check_fenced(self, warp: int, words: np.ndarray, verb: str) -> None:
         writers, times = self.writers[words], self.times[words]
         wrong = (writers < self.warps) & (times > self.fenced[warp, writers])
         if wrong.any():
             first = np.argmax(wrong)
             raise ProtocolError(
-                f"the async proxy reads shared memory at {words[first] * 4} for warp {warp}, which "
+                f"the async proxy {verb} shared memory at {words[first] * 4} for warp {warp}, which "
                 f"{self._name(writers[first])} wrote, without a fence.proxy.async in between"
             )
 
