@@ -1,4 +1,4 @@
-"""The CUDA C++ decode, as nvcc compiles it for Hopper, beside Triton's: every bit, but for what happens inside one matrix
+"""The CUDA C++ decode, as nvcc compiles it for Hopper, beside Triton's: every bit, but for what happens inside a matrix
 instruction (mma.sync here, wgmma there)."""
 
 from __future__ import annotations
