@@ -3,8 +3,8 @@ matrix instructions.
 
     python -m benchmarks.compile --ops swiglu --targets sm_90 --dtypes bfloat16
 
-What is compiled is what would be launched: see `benchmarks.compile_cases`. Exits with 1 where one spills (more than
-the cases say it may), wants more shared memory than a block has, or does not compile. Timings need the GPU.
+What is compiled is what would be launched: see `benchmarks.compile_cases`. Exits with 1 where one spills
+registers, wants more shared memory than a block has, or does not compile. Timings need the GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from benchmarks.compile_cases import DTYPES, MAY_SPILL, CompileCase, collected
+from benchmarks.compile_cases import DTYPES, CompileCase, collected
 from engine.kernels.triton.launch import Launch
 
 TARGETS = {"sm_90": (90, 132), "sm_100": (100, 148)}  # compute capability and multiprocessors: H100 or H200, and B200
@@ -86,7 +86,7 @@ class Record:
         """Why the kernel will not do; empty where it will."""
         if self.error:
             return f"does not compile: {self.error}"
-        if self.spills > MAY_SPILL.get(self.kernel, 0):
+        if self.spills:
             return f"spills {self.spills} bytes a thread; smaller tiles or more warps need fewer registers"
         if self.serialized:
             return "waits after each wgmma (ptxas C7510 to C7515): something else writes to the registers of the sum"
@@ -209,10 +209,9 @@ def show(records: Sequence[Record]) -> None:
     for record in records:
         constants = " ".join(f"{name}={value}" for name, value in record.constants.items())
         matrix = "wgmma" if record.wgmma else "tcgen05" if record.tcgen05 else ""
-        style = "red" if record.fault else "yellow" if record.spills else ""
         table.add_row(record.op, record.kernel, record.dtype, record.target, constants, str(record.num_warps),
                       str(record.num_stages), str(record.registers), str(record.spills), str(record.shared_bytes),
-                      f"{record.seconds:.1f}", matrix, style=style)  # fmt: skip
+                      f"{record.seconds:.1f}", matrix, style="red" if record.fault else "")  # fmt: skip
     console = Console(width=max(160, Console().width))
     console.print(table)
     for record in records:

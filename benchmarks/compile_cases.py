@@ -30,30 +30,35 @@ from engine.kernels.weight import Weight
 
 WIDTH, FEED_FORWARD, VOCABULARY = 4096, 14336, 131072
 TOKENS, PAGE_SIZE = 512, 16
-# Bytes that a thread may spill, stores and loads together. What attention spills where a program has keys of several
-# splits is the result of those before, which is touched once in 512 keys.
-MAY_SPILL = {"attention._attend": 176}
 DTYPES = tuple(dtype for dtype in TRITON_DTYPES if dtype in MODEL_DTYPES.values())
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One op at production shapes: `run` calls its public functions for a model of the dtype."""
+    """One op at production shapes: `run` calls its public functions for a model of the dtype, on the `backend`."""
 
     op: str
     run: Callable[[torch.dtype], None]
+    backend: str = "triton"
 
 
 def cases() -> list[CompileCase]:
-    """Those whose op has Triton kernels. Raises KeyError for an op that has kernels and no case."""
-    with_kernels = [name for name, op in OPS.items() if any(backend.name == "triton" for backend in op.backends)]
-    return [CompileCase(name, RUN[name]) for name in with_kernels]
+    """Those whose op has Triton or Gluon kernels. Raises KeyError for an op that has kernels and no case."""
+    return [
+        CompileCase(name, RUN[name], backend.name)
+        for name, op in OPS.items()
+        for backend in op.backends
+        if backend.name in ("triton", "hopper")
+    ]
 
 
 def collected(case: CompileCase, dtype: torch.dtype, processors: int, major: int) -> list[Launch]:
-    """What the case launches in a model of `dtype`, on a GPU of so many multiprocessors and this capability."""
-    with use_backend("triton"), collecting(processors, major) as launches:
-        case.run(dtype)
+    """What the case launches in a model of `dtype`, on a GPU of so many multiprocessors and this capability; nothing
+    where its backend does not compute in `dtype` or is for other GPUs."""
+    with use_backend(case.backend), collecting(processors, major) as launches:
+        backends = OPS[case.op].backends if case.op in OPS else []
+        if not any(each.refusal(dtype, "cuda") for each in backends if each.name == case.backend):
+            case.run(dtype)
     return launches
 
 
@@ -86,9 +91,6 @@ def _attention(dtype: torch.dtype) -> None:
 
 
 def _attention_e4m3(dtype: torch.dtype) -> None:
-    """Not for float32 models: nobody saves on pages and not on weights, and tiles widened to float32 spill."""
-    if dtype == torch.float32:
-        return
     for head_dim in (128, 256):
         _attention_of(dtype, head_dim, e4m3=True)
 

@@ -18,7 +18,7 @@ from engine.kernels.attention_pages import ATTENTION_DTYPES, AttentionSpec, allo
 from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.dtypes import TRITON_DTYPES, wide_dtype
 from engine.kernels.graph import empty
-from engine.kernels.op import Backend, Op, cpu_backend, cuda_backend, extension, triton_backend
+from engine.kernels.op import Backend, Op, cpu_backend, cuda_backend, extension, hopper_backend, triton_backend
 from engine.kernels.weight import DTYPES, Weight
 
 __all__ = ["AttentionPlan", "AttentionSpec", "allocate_pages", "attention"]
@@ -211,10 +211,14 @@ _TRITON = triton_backend("attention", "forward", "backward", dtypes=TRITON_DTYPE
 # After Triton until a GPU has shown that its bits are Triton's: it serves where `use_backend("cuda")` asks for it.
 _CUDA = cuda_backend("attention", "forward", "backward", dtypes=(torch.bfloat16, torch.float16))
 
+# The same, and its bits are its own: it takes keys in other tiles than Triton's where heads have 128 columns.
+_HOPPER = hopper_backend("attention", "forward", "backward", dtypes=(torch.bfloat16, torch.float16))
+
 OP = Op(
-    "attention", [cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES), _TRITON, _CUDA, _TORCH]
+    "attention",
+    [cpu_backend({"forward": _cpu_forward, "backward": _cpu_backward}, DTYPES), _TRITON, _CUDA, _HOPPER, _TORCH],
 )
-OP_E4M3 = Op("attention_e4m3", [_TRITON, _CUDA, _TORCH])  # keys and values in float8_e4m3fn
+OP_E4M3 = Op("attention_e4m3", [_TRITON, _CUDA, _TORCH])  # keys and values in float8_e4m3fn, which no copy widens
 
 
 def _op(spec: AttentionSpec) -> Op:

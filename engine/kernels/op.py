@@ -132,6 +132,16 @@ def cuda_backend(module: str, *functions: str, dtypes: Collection[torch.dtype] =
     return Backend("cuda", every, why_not, dtypes=dtypes, devices=("cuda",), proven=False)
 
 
+def hopper_backend(module: str, *functions: str, dtypes: Collection[torch.dtype] = ()) -> Backend:
+    """The backend whose functions are those of engine.kernels.hopper.`module`: Gluon's, for compute capability 9."""
+    every = {function: lazily(f"engine.kernels.hopper.{module}", function) for function in functions}
+
+    def why_not() -> str:
+        return triton_missing() or str(lazily("engine.kernels.hopper", "missing")())
+
+    return Backend("hopper", every, why_not, dtypes=dtypes, devices=("cuda",), proven=False)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -152,7 +162,7 @@ class Backend:
 
     def refusal(self, dtype: torch.dtype | None = None, device: str = "cpu") -> str:
         """Why it cannot compute in `dtype` (None: any of its own) on tensors of `device` here; empty where it can."""
-        on_cpu = self.name == "triton" and _triton_without_gpu
+        on_cpu = self.name in ("triton", "hopper") and _triton_without_gpu
         if device not in self.devices and not on_cpu:
             return f"it takes {' and '.join(self.devices)} tensors, not {device} ones"
         if reason := self.why_not():
@@ -188,8 +198,9 @@ class Op:
         raise ConfigError(f"op {self.name} has no backend that can run here: {'; '.join(reasons)}")
 
     def _asked_for(self) -> str | None:
-        """What `use_backend` names; CUDA's kernels are few and work beside Triton's, which serve the other ops."""
-        few = _forced == "cuda" and all(backend.name != "cuda" for backend in self.backends)
+        """What `use_backend` names; CUDA's and Hopper's kernels are few and work beside Triton's, which serve the other
+        ops."""
+        few = _forced in ("cuda", "hopper") and all(backend.name != _forced for backend in self.backends)
         return "triton" if few else _forced
 
     def serving(self, tensor: Tensor) -> Backend:
@@ -204,8 +215,8 @@ class Op:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every op runs on the backend called `name` inside this block ("cuda": or on Triton's, where it has no such
-    backend); the choice before it comes back after."""
+    """Every op runs on the backend called `name` inside this block ("cuda", "hopper": or on Triton's, where it has no
+    such backend); the choice before it comes back after."""
     global _forced
     before, _forced = _forced, name
     try:

@@ -52,6 +52,9 @@ class _Crash:
 
     __name__ = "_crash"
 
+    def is_gluon(self) -> bool:
+        return False
+
     @property
     def arg_names(self) -> list[str]:
         if os.getpid() != _PARENT:

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "engine" / "kernels" / "triton"
+KERNELS = [ROOT / "engine" / "kernels" / language for language in ("triton", "hopper")]
 
 
 def run(*options: str) -> tuple[int, Any, str]:
@@ -27,24 +27,28 @@ def run(*options: str) -> tuple[int, Any, str]:
 
 
 def _is_jitted(function: ast.FunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    named = (ast.unparse(decorator) for decorator in function.decorator_list)
+    return any("triton.jit" in name or "gluon.jit" in name for name in named)
 
 
 def launched_kernels() -> set[str]:
-    """ "file.kernel" for every @triton.jit function that no other calls: those that are launched."""
-    trees = {path.stem: ast.parse(path.read_text()) for path in KERNELS.glob("*.py")}
-    jitted = {
-        stem: {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and _is_jitted(n)}
-        for stem, tree in trees.items()
-    }
+    """ "file.kernel" for every @triton.jit or @gluon.jit function that no other calls: those that are launched."""
+    jitted = [
+        (path.stem, node)
+        for folder in KERNELS
+        for path in folder.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and _is_jitted(node)
+    ]
+    names = {(stem, function.name) for stem, function in jitted}
     called = {
-        (stem if node.func.id in jitted[stem] else other, node.func.id)
-        for stem, tree in trees.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        for other in trees
+        (stem if (stem, node.id) in names else other, node.id)
+        for stem, function in jitted
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name)
+        for other, _ in jitted
     }
-    return {f"{stem}.{name}" for stem, names in jitted.items() for name in names if (stem, name) not in called}
+    return {f"{stem}.{name}" for stem, name in names - called}
 
 
 def test_every_kernel_that_is_launched_is_compiled() -> None:
@@ -58,7 +62,7 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_multiplies_with_wgm
     status, records, output = run("--dtypes=bfloat16", "--targets=sm_90")
     assert status == 0, output[-6000:]
     assert all(record["registers"] > 0 for record in records)
-    multiply = {"linear._multiply", "attention._attend", "attention_backward._grad_queries"}
+    multiply = {"linear._multiply", "attention._attend", "attention_backward._grad_queries", "attention_walk.walk"}
     assert multiply <= {record["kernel"] for record in records if record["wgmma"]}
 
 

@@ -24,7 +24,7 @@ class ThreadCopies:
     left: np.ndarray
 
     def run(self, which: np.ndarray, load: Callable[[np.ndarray, int], Bytes], shared: Bytes) -> None:
-        """Does the copies that the mask `which` names; `load(addresses, size)` gives bytes [count, size] of global memory."""
+        """Does the copies that the mask `which` names; `load(addresses, size)` gives bytes [count, size] of memory."""
         data = np.zeros((int(which.sum()), self.size), np.uint8)
         taken = self.taken[which]
         for count in np.unique(taken[taken > 0]):

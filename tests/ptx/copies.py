@@ -1,9 +1,9 @@
 """Instructions that copy asynchronously: cp.async, and bulk copies with and without tensor maps.
 
-A copy that completes early is done when it is issued; a late one when somebody waits for it: cp.async at its wait, a bulk
-store at the wait for its group, a bulk load when no warp can go on without it. Its sources are read then, and what a load
-will write holds 0xFF bytes from the issue on. A bulk store is in global memory once its group is waited for without
-`.read`, or when the block ends.
+A copy that completes early is done when it is issued; a late one when somebody waits for it: cp.async at its wait, a
+bulk store at the wait for its group, a bulk load when no warp can go on without it. Its sources are read then, and what
+a load will write holds 0xFF bytes from the issue on. A bulk store is in global memory once its group is waited for
+without `.read`, or when the block ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.ptx.async_copies import BulkGroups, BulkStore, Groups, ThreadCopies
 from tests.ptx.machine import BLOCK_HOOKS, Block, Run, Threads, addresses, full, operation, reader
 from tests.ptx.mbarrier import barrier_at, shared_places
 from tests.ptx.ordering import ProtocolError, ordering_of
-from tests.ptx.parse import Address, Immediate, Instruction, Operand
+from tests.ptx.parse import Address, Immediate, Instruction
 from tests.ptx.tensor_map import TensorMap
 
 _FEATURES = ("im2col", "im2col::w", "multicast::cluster", "tile::gather4", "tile::scatter4", "cp_mask")

@@ -1,5 +1,5 @@
-"""How matrices lie in registers and in shared memory for the tensor cores of sm_80 and sm_90 (PTX ISA, "Matrix multiply-
-accumulate" and "Asynchronous warpgroup level matrix instructions").
+"""How matrices lie in registers and in shared memory for the tensor cores of sm_80 and sm_90 (PTX ISA, "Matrix
+multiply-accumulate" and "Asynchronous warpgroup level matrix instructions").
 
 Operands are 32 bytes of K wide (or 16), whatever their type, so their layouts are given in bytes: a row of A is 16
 bfloat16, 32 float8 or 8 tf32.
@@ -127,8 +127,8 @@ def right_operand(registers: np.ndarray, kind: str) -> np.ndarray:
 
 
 def accumulated(sums: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float32 [..., rows, columns]: `sums` plus `left` [..., rows, K] times `right` [..., columns, K]; exact products are
-    added one K after the other in float64 and rounded once, so no element depends on another one's place or value."""
+    """float32 [..., rows, columns]: `sums` plus `left` [..., rows, K] times `right` [..., columns, K]; exact products
+    are added one K after the other in float64 and rounded once, so no element depends on another's place or value."""
     total = sums.astype(np.float64)
     product = np.empty_like(total)
     down, across = np.moveaxis(left, -1, 0).copy(), np.moveaxis(right, -1, 0).copy()

@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import triton
+
 from benchmarks.compile import compiled_for
 from engine.kernels.op import use_backend
 from engine.kernels.triton.launch import Launch, running
 from tests.ptx.machine import Machine
 from tests.ptx.parse import Module, PTXError, parse
+from tests.ptx.tensor_map import expanded
 
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
-_compiled: dict[str, tuple[Module, int]] = {}
-_machines: dict[tuple[str, str, str], Machine] = {}
+_PROXY_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # older ones leave some out
+_compiled: dict[str, tuple[Module, Any]] = {}
+_machines: dict[tuple[str, str, str], tuple[Machine, Any]] = {}
 
 
 class Simulator:
@@ -30,35 +34,41 @@ class Simulator:
 
     def __call__(self, launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         self.launches.append(launch)
-        machine = machine_of(launch, self.schedule, self.completion)
+        machine, metadata = machine_of(launch, self.schedule, self.completion)
         machine.chance.seed(self.seed)
         # Constants are no parameters; the compiler's own two, for scratch memory, come last and are not used.
         given = [value for name, value in zip(launch.kernel.arg_names, arguments, strict=False)
                  if launch.signature[name] != "constexpr"]  # fmt: skip
+        given = expanded(given, getattr(metadata, "tensordesc_meta", None) or ())
         scratch = [None] * (len(machine.kernel.parameters) - len(given))
         machine.run(grid, [*given, *scratch])
 
 
 @contextmanager
-def simulated(schedule: str = "in order", completion: str = "early", seed: int = 0) -> Iterator[list[Launch]]:
-    """Ops run on Triton's backends, in the simulator; yields what has been launched so far."""
+def simulated(
+    schedule: str = "in order", completion: str = "early", seed: int = 0, backend: str = "triton"
+) -> Iterator[list[Launch]]:
+    """Ops run on the backend of this name (see `use_backend`) in the simulator; yields what was launched so far."""
     simulator = Simulator(schedule, completion, seed)
-    with use_backend("triton"), running(simulator, PROCESSORS, CAPABILITY // 10):
+    with use_backend(backend), running(simulator, PROCESSORS, CAPABILITY // 10):
         yield simulator.launches
 
 
-def machine_of(launch: Launch, schedule: str, completion: str) -> Machine:
-    """The kernel, compiled and decoded once in a process for what its code depends on."""
+def machine_of(launch: Launch, schedule: str, completion: str) -> tuple[Machine, Any]:
+    """The kernel, compiled and decoded once in a process for what its code depends on, and the compiler's metadata."""
     key = repr((launch.kernel.__module__, launch.name, launch.signature, sorted(launch.constants.items()),
                 sorted(launch.divisible), launch.num_warps, launch.num_stages))  # fmt: skip
     if key not in _compiled:
         compiled = compiled_for(launch, CAPABILITY)
-        _compiled[key] = (parse(compiled.asm["ptx"]), compiled.metadata.shared)
+        _compiled[key] = (parse(compiled.asm["ptx"]), compiled.metadata)
     if (key, schedule, completion) not in _machines:
-        module, shared = _compiled[key]
+        module, metadata = _compiled[key]
         (name,) = module.kernels
         threads = module.kernels[name].threads
         if threads is None:
             raise PTXError(f"{name} does not say how many threads a block has")
-        _machines[key, schedule, completion] = Machine(module, name, threads, shared, schedule, completion)
+        _machines[key, schedule, completion] = (
+            Machine(module, name, threads, metadata.shared, schedule, completion,
+                    fences=_PROXY_FENCES or launch.gluon), metadata,
+        )  # fmt: skip
     return _machines[key, schedule, completion]

@@ -32,7 +32,7 @@ For those who write instructions
   `block.machine.parameter(address)` is the argument whose parameter begins there (a TensorMap).
 - To wait: `block.wait(instruction, [(threads, ready, what), ...], again=...)`, which does not return where the list has
   anything in it. Those threads go on once `ready()` is true: at this instruction again, or (again=False) at the next.
-  Other threads of the same call go on at once. `what` is for the report of a deadlock, a text or an object that has one then.
+  Other threads of the same call go on at once. `what` is for the report of a deadlock: a text, or an object with one.
 - Asynchronous operations: `block.late` says whether what is begun now is to be done as late as may be. What an mbarrier
   tells of goes to `block.pending` (functions without arguments): the scheduler calls one when no thread can go on, the
   oldest, or any under a random schedule. `block.at_exit` are called when all threads have returned, before the block's

@@ -92,8 +92,8 @@ BLOCK_HOOKS.append(_begin)
 
 
 def barrier_at(block: Block, place: int) -> Barrier:
-    """The mbarrier at an address of shared memory. Raises ProtocolError where there is none, or where something else has
-    written to its bytes."""
+    """The mbarrier at an address of shared memory. Raises ProtocolError where there is none, or where something else
+    has written to its bytes."""
     found: Barrier | None = block.state["mbarriers"].get(place)
     if found is None:
         raise ProtocolError(f"there is no mbarrier at {place} of shared memory: no mbarrier.init was done")

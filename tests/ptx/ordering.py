@@ -1,10 +1,10 @@
 """Which accesses to shared memory happen before which, so that two that nothing orders are an error.
 
-Every warp has a vector clock; barriers and mbarriers join them. Each four bytes of shared memory know who wrote them last
-and when, and when each warp read them last. A write is ordered before an access of another warp when that warp's clock
-has seen it. The async proxy (products that read shared memory, bulk copies) sees a write of ordinary instructions only
-across a `fence.proxy.async` that lies between the two in this order (PTX ISA, "Memory consistency model", "Causality
-order"), so there is a second clock of what is fenced.
+Every warp has a vector clock; barriers and mbarriers join them. Each four bytes of shared memory know who wrote them
+last and when, and when each warp read them last. A write is ordered before an access of another warp when that warp's
+clock has seen it. The async proxy (products that read shared memory, bulk copies) sees a write of ordinary
+instructions only across a `fence.proxy.async` that lies between the two in this order (PTX ISA, "Memory consistency
+model", "Causality order"), so there is a second clock of what is fenced.
 
 Inside a warp everything counts as ordered. Two ordinary writes are never a conflict (warps do write the same values
 side by side), nor is a write of one or two bytes to four of which another warp reads some.

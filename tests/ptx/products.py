@@ -53,7 +53,7 @@ class Warpgroup:
         for register in registers:
             if register in self.writers:
                 raise ProtocolError(
-                    f"{register.name} is read, which the wgmma of line {self.writers[register].line} writes, which is in flight"
+                    f"{register.name} is read while the wgmma of line {self.writers[register].line} writes it"
                 )
 
     def issue(self, product: Product) -> None:

@@ -1,11 +1,12 @@
-"""Matrix instructions: mma.sync of a warp, and wgmma of a warpgroup, whose products are in flight until they are waited for.
+"""Matrix instructions: mma.sync of a warp, and wgmma of a warpgroup, whose products are in flight until their wait.
 
-What is modelled: data flow, layouts, the order of additions between instructions, and the protocol. Inside one instruction
-products are exact, added one K after the other in float64 and rounded once; real tensor cores differ there in last bits.
+What is modelled: data flow, layouts, the order of additions between instructions, and the protocol. Inside one
+instruction products are exact, added one K after the other in float64 and rounded once; real tensor cores differ there
+in last bits.
 
 A product that completes early reads its operands when it is issued, a late one when it is waited for; a late one's sums
-are NaN until then. wgmma.fence is not checked: where it is missing, ptxas makes products wait for each other and says so
-(`benchmarks.compile` fails for that).
+are NaN until then. wgmma.fence is not checked: where it is missing, ptxas makes products wait for each other and says
+so (`benchmarks.compile` fails for that).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensor maps: what the tensor memory accelerator is told of a tensor, and the boxes that it copies (PTX ISA, "Tensors").
+"""Tensor maps: what the copy engine (TMA) is told of a tensor, and the boxes that it copies (PTX ISA, "Tensors").
 
 Dimensions are in the hardware's order, the innermost first.
 """
@@ -19,9 +19,9 @@ _NAN = {2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f"}  # of both 16-bit types and of f
 @dataclass(frozen=True)
 class TensorMap:
     """A tensor of `shape` elements of `element_size` bytes at address `base`, `strides` bytes apart (that of the
-    innermost dimension is `element_size`), copied in boxes of `box` elements that lie in shared memory under a swizzle of
-    `width` bytes (16: none). `tensors` own the memory. What is outside of the tensor reads as 0, or NaN. Elements are never skipped (the element
-    strides of cuTensorMapEncodeTiled are 1, as Triton has them).
+    innermost dimension is `element_size`), copied in boxes of `box` elements that lie in shared memory under a swizzle
+    of `width` bytes (16: none). What is outside of the tensor reads as 0, or NaN. `tensors` own the memory. Elements
+    are never skipped (the element strides of cuTensorMapEncodeTiled are 1, as Triton has them).
 
     Raises ValueError for what cuTensorMapEncodeTiled refuses.
     """

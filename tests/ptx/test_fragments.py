@@ -1,4 +1,4 @@
-"""Layouts of matrices in registers and in shared memory, against the definitions of the PTX ISA written out as loops."""
+"""Layouts of matrices in registers and in shared memory, against the PTX ISA's definitions written out as loops."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_descriptor_fields_are_where_the_isa_has_them() -> None:
 @pytest.mark.parametrize(("width", "code"), [(32, 3), (64, 2), (128, 1)])
 @pytest.mark.parametrize("step", [0, 32])
 def test_k_major_rows_lie_a_swizzle_apart(width: int, code: int, step: int) -> None:
-    """[rows, width / 2] bfloat16, tile after tile of 8 rows, as a swizzled copy leaves them; `step` bytes into a row."""
+    """[rows, width / 2] float16, tile after tile of 8 rows, as a swizzled copy leaves them; `step` bytes into a row."""
     rows, start = 64, 2048
     if step >= width:
         pytest.skip("a row has no second step of 32 bytes")

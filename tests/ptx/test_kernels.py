@@ -17,9 +17,7 @@ SUITE = "tests/kernels/triton/test_"
 TESTS = {
     "attention": ["tests/ptx/kernels/test_attention.py"],
     "decode in CUDA C++": ["tests/ptx/kernels/test_cuda_decode.py"],
-    "attention, backward": [
-        f"{SUITE}attention_backward.py::test_tiles_of_production_give_the_gradients_of_the_definition"
-    ],
+    "attention backward": [f"{SUITE}attention_backward.py::test_tiles_of_production"],
     "rows": [
         f"{SUITE}swiglu.py",
         f"{SUITE}rms_norm.py",

@@ -54,6 +54,11 @@ __all__ = ["attend", "backward", "forward", "tiles_of"]
 
 # (q, keys, values, out, partial sums, partial softmaxes, spec, plan, lists, tiles)
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles], None]
+# (q, keys, values, out, lse, partial sums, partial softmaxes, spec, plan, lists, tiles, paged)
+Walk = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles, bool],
+    None,
+]
 NO_SCORE = tl.constexpr(-1e30)  # the running maximum before the first key
 _ITEM = tl.constexpr(ITEM)
 _TURN = tl.constexpr(TURN)
@@ -66,21 +71,28 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     processors, major = gpu_of(device)
     if dtype == torch.float32:  # products on the plain cores, whose operands all lie in registers
         block_m, block_n = (64, 32) if width <= 64 else (32, 32 if width <= 128 else 16)
+        e4m3 = spec.kv_dtype is not None  # with widened tiles, a second stage would leave too few registers
+        if e4m3:
+            block_n = 32
         return Tiles(
-            block_m, block_m, block_n, warps=8, decode_warps=8, programs=processors, decode_programs=processors
-        )
+            block_m, block_m, block_n, warps=8, decode_warps=8, stages=2 - e4m3, decode_stages=2 - e4m3,
+            programs=processors, decode_programs=processors, fold_after=e4m3 or width > 64,
+        )  # fmt: skip
     if major == 9:
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
-            return Tiles(64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors)
+            return Tiles(
+                64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors, reload=True
+            )
         block_n = 128 if width <= 64 else 64  # more would leave no room for the two sums of 128 columns
         return Tiles(
-            128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors
-        )
+            128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors,
+            reload=True,
+        )  # fmt: skip
     block_n, stages = (64, 2) if width <= 128 else (32, 1)
     decode_stages = 3 if major == 10 and width <= 128 else stages  # on others a block may have no more than 100 KB
     return Tiles(
         64, 64, block_n, warps=8, decode_warps=8, stages=stages, decode_stages=decode_stages,
-        programs=processors, decode_programs=processors,
+        programs=processors, decode_programs=processors, fold_after=True,
     )  # fmt: skip
 
 
@@ -97,11 +109,12 @@ def forward(
     want_lse: bool,
     tiles: Tiles | None = None,
     decode: Decode | None = None,
+    walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `engine.kernels.attention.attention`: the output [T, H Dh], and lse fp32 [T, H] where it is wanted.
 
     lse[t, h] = log2 of the sum over the keys that row t sees of exp(scale q.k), a logarithm to base 2. `tiles` is for
-    tests that want several splits of a short sequence, and for another `decode` than Triton's.
+    tests that want several splits of a short sequence, and for another `decode` or `walk` than Triton's.
     """
     on_device = plan.on_device(qkv.device)
     _check(qkv, keys, rope, on_device)
@@ -110,7 +123,7 @@ def forward(
     q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, keys, values, q_norm, k_norm)
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype, qkv.device)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32, qkv.device) if want_lse else None
-    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None, decode=decode)
+    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None, decode=decode, walk=walk)
     return out, lse
 
 
@@ -124,10 +137,12 @@ def _check(qkv: Tensor, keys: Tensor | None, rope: Tensor, plan: DevicePlan) -> 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spec: AttentionSpec, plan: DevicePlan,
-           lists: WorkLists, tiles: Tiles, paged: bool, decode: Decode | None = None) -> None:  # fmt: skip
+           lists: WorkLists, tiles: Tiles, paged: bool, decode: Decode | None = None,
+           walk: Walk | None = None) -> None:  # fmt: skip
     """Fills `out` and `lse` from rotated queries [T, H, Dh] and keys and values, in pages or as [T_kv, K, Dh].
 
-    `decode` does what is left after the tiles of `block_m` rows: `lists.decode`, then the fold.
+    `walk` does the tiles of `block_m` rows, `lists.walk`, and `decode` what is left after them: `lists.decode`, then
+    the fold.
     """
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     partials = tiles.partials if plan.fixed else lists.num_partials
@@ -146,13 +161,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
         if place == 1 and decode is not None:
             decode(q, k, v, out, sums, softmaxes, spec, plan, lists, tiles)
             return
-        if number or plan.fixed:
+        if place == 0 and walk is not None:
+            if number or plan.fixed:
+                walk(q, k, v, out, lse, sums, softmaxes, spec, plan, lists, tiles, paged)
+        elif number or plan.fixed:
             launch(
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,
                 items, lists.counts, plan.tables, plan.last_keys, q.shape[0], spec.scale * math.log2(math.e),
                 spec.window or 0, *strides, **shape, LIST=place, FOLDS=place == 0, PAGE=plan.page_size if paged else 0,
                 BLOCK_M=block, BLOCK_N=tiles.block_n, SPLIT=tiles.split, WINDOWED=spec.window is not None,
-                STAGES=stages, num_warps=warps, num_stages=stages,
+                STAGES=stages, FOLD_AFTER=tiles.fold_after, RELOAD=tiles.reload, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     if lists.num_turns or plan.fixed:
         programs = _FOLD_PROGRAMS if plan.fixed else min(_FOLD_PROGRAMS, lists.num_turns * K)
@@ -194,13 +212,27 @@ def _pages(table, tile, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(halves, mask=key < key_end, other=0), tl.load(halves + 1, mask=key < key_end, other=0)
 
 
+@triton.jit
+def _rows(
+    first_row, num_rows, num_tokens, head,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of an item: tokens, rows of the output (fewer than 2**31, of all heads), and which there are."""
+    place = tl.arange(0, BLOCK_M)
+    token = (first_row + place) // GROUP
+    here = (place < num_rows) & (token < num_tokens)
+    row = token * (GROUP * KV_HEADS) + head * GROUP + (first_row + place) % GROUP
+    inside = here[:, None] & (tl.arange(0, PADDED) < DIM)[None] if DIM < PADDED else here[:, None]
+    return token, row, here, inside
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
     q, k, v, out, lse, sums, softmaxes, items, counts, tables, last_keys, num_tokens, factor, window,
     page_stride, head_stride, slot_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, LIST: tl.constexpr,
     FOLDS: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    WINDOWED: tl.constexpr, STAGES: tl.constexpr,
+    WINDOWED: tl.constexpr, STAGES: tl.constexpr, FOLD_AFTER: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     dtype = q.dtype.element_ty
     columns = tl.arange(0, PADDED)
@@ -210,12 +242,7 @@ def _attend(
         first_row, num_rows, table = tl.load(item), tl.load(item + 1), tl.load(item + 2).to(tl.int64)
         key_begin, key_end = tl.load(item + 3), tl.load(item + 4)
         seen_begin, seen_end, part = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
-        place = tl.arange(0, BLOCK_M)
-        token = (first_row + place) // GROUP
-        here = (place < num_rows) & (token < num_tokens)
-        query_head = head * GROUP + (first_row + place) % GROUP
-        row = token * (GROUP * KV_HEADS) + query_head  # fewer than 2**31, of all heads
-        inside = here[:, None] & (columns < DIM)[None] if DIM < PADDED else here[:, None]
+        token, row, here, inside = _rows(first_row, num_rows, num_tokens, head, GROUP, KV_HEADS, DIM, PADDED, BLOCK_M)
         queries = tl.load(q + row.to(tl.int64)[:, None] * DIM + columns[None], mask=inside, other=0.0)
         last = tl.load(last_keys + token, mask=here, other=-1)
         run_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
@@ -225,9 +252,7 @@ def _attend(
         if PAGE:
             low, high = _pages(tables + table, key_begin, key_end, PAGE, BLOCK_N)
         for tile in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
-            if (
-                FOLDS and tile % SPLIT == 0
-            ):  # without FOLDS no item has keys of two splits; the first fold is of nothing
+            if FOLDS and not FOLD_AFTER and tile % SPLIT == 0:  # the first fold is of nothing
                 run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
                 part_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
                 part_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -256,6 +281,16 @@ def _attend(
             value_tile = tl.load(v + at, mask=there, other=0.0).to(dtype)
             part_acc = tl.dot(p.to(dtype), value_tile, part_acc * a[:, None], input_precision="ieee")
             part_max = top
+            if FOLDS and FOLD_AFTER and ((tile + BLOCK_N) % SPLIT == 0) & (tile + BLOCK_N < key_end):
+                run_max, run_sum, run_acc = _fold(run_max, run_sum, run_acc, part_max, part_sum, part_acc)
+                part_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+                part_sum = tl.zeros([BLOCK_M], tl.float32)
+                part_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
+        if RELOAD:
+            first_row, num_rows = tl.load(item, volatile=True), tl.load(item + 1, volatile=True)
+            token, row, here, inside = _rows(
+                first_row, num_rows, num_tokens, head, GROUP, KV_HEADS, DIM, PADDED, BLOCK_M
+            )
         if part >= 0:
             slot = row + (part - first_row // GROUP) * (GROUP * KV_HEADS)
             tl.store(sums + slot.to(tl.int64)[:, None] * DIM + columns[None], part_acc, mask=inside)

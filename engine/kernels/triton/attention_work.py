@@ -35,7 +35,8 @@ class Tiles:
     key/value head) go in tiles of that many. No more than `partials` (token, split) pairs have results that go through
     memory: 136 MB at 32 heads of 128 columns. `warps` and `stages` are Triton's for tiles of block_m rows,
     `decode_warps` and `decode_stages` for the others; `programs` and `decode_programs` those of a launch, which share
-    out its items.
+    out its items. The last two save registers and change no bit: `fold_after` folds a split after its last tile and not
+    before the next one's first (wgmma would have to wait there), `reload` reads an item's rows anew after its walk.
     """
 
     block_m: int
@@ -49,6 +50,8 @@ class Tiles:
     programs: int = 132
     decode_programs: int = 264
     partials: int = 8192
+    fold_after: bool = False
+    reload: bool = False
 
 
 class Buffer:

@@ -81,6 +81,11 @@ def gpu_of(device: torch.device) -> tuple[int, int]:
     return _present_gpu(device) if device.type == "cuda" else _absent_gpu
 
 
+def current_gpu() -> tuple[int, int]:
+    """`gpu_of` the current device."""
+    return _absent_gpu if not torch.cuda.is_available() else _present_gpu(torch.device("cuda"))
+
+
 @cache
 def _present_gpu(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)

@@ -155,17 +155,20 @@ def test_a_split_of_another_size_has_other_bits():
 
 
 def test_how_work_is_dealt_changes_no_bit():
-    """Splits that are folded in registers or through memory, or some each way; tiles of more rows or fewer."""
+    """Splits that are folded in registers or through memory, or some each way, once they end or before the next begins;
+    tiles of more rows or fewer. 64 keys end with a split, 60 within one."""
     spec = AttentionSpec(4, 2, 16, window=50)
-    qkv = randn(60, spec.row_size).to(DEVICE)
-    pieces, tiles = [[51, 8, 1]], tiles_for_tests()
-    base = Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=replace(tiles, partials=0))
+    qkv = randn(64, spec.row_size).to(DEVICE)
+    pieces, tiles = [[51, 8, 1, 4]], tiles_for_tests()
+    base = Cache(spec, torch.float32, [64]).run(qkv, pieces, tiles=replace(tiles, partials=0))
     for name, other in {
-        "rooms for some": replace(tiles, partials=33, programs=100),
+        "folded after, in registers": replace(tiles, partials=0, fold_after=True, reload=True),
+        "folded after, some in memory": replace(tiles, partials=33, programs=100, fold_after=True),
+        "rooms for some": replace(tiles, partials=33, programs=100, reload=True),
         "room for all": replace(tiles, programs=100),
         **({"tiles of 16 rows": replace(tiles, block_m=16)} if INTERPRETED else {}),
     }.items():
-        assert_same_bits(Cache(spec, torch.float32, [60]).run(qkv, pieces, tiles=other), base, name)
+        assert_same_bits(Cache(spec, torch.float32, [64]).run(qkv, pieces, tiles=other), base, name)
 
 
 def test_splits_of_few_rows_are_dealt_side_by_side_while_there_is_room():

@@ -1,4 +1,4 @@
-"""These tests need kernels that the compiler takes: they run where TRITON_INTERPRET is 0, from tests/ptx/test_kernels.py."""
+"""These tests need kernels that the compiler takes: they run where TRITON_INTERPRET is 0 (see test_kernels.py)."""
 
 import os
 

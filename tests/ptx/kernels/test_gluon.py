@@ -111,7 +111,9 @@ def _compiled(columns: int, fault: str) -> tuple[Module, Any]:
     types = [f"tensordesc<bf16{list(each.block_shape)},{each.layout!r}>" for each in described]
     signature = dict(zip("abc", types, strict=True), tiles="i32", STAGES="constexpr", FAULT="constexpr")
     source = GluonASTSource(_product, signature, {"STAGES": _STAGES, "FAULT": fault})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False}
+    )
     return parse(compiled.asm["ptx"]), compiled.metadata
 
 

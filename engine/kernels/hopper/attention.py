@@ -1,0 +1,80 @@
+"""Attention with its walk over the keys (training, prefill, chunked prefill) in Gluon for Hopper, see `attention_walk`.
+All else, and what comes before, is plain Triton's; both do the same arithmetic on the same work lists.
+
+# T tokens, H query heads, K key/value heads, Dh head width
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.kernels.attention_pages import AttentionSpec
+from engine.kernels.attention_plan import AttentionPlan
+from engine.kernels.hopper.attention_walk import walk as walk_kernel
+from engine.kernels.hopper.gluon import tensor_map
+from engine.kernels.triton import attention as triton_attention
+from engine.kernels.triton.attention_plan import DevicePlan
+from engine.kernels.triton.attention_work import Tiles, WorkLists
+from engine.kernels.triton.launch import launch
+from engine.kernels.weight import Weight
+
+HEAD_DIMS = (64, 96, 128)
+ROWS = 64  # of a consumer, which are half of an item's
+
+backward = triton_attention.backward
+
+
+def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """How attention of this shape is cut up. `stages` are tiles of keys, and as many of values, in shared memory."""
+    return replace(triton_attention.tiles_of(spec, dtype, device), stages=4)
+
+
+def forward(
+    qkv: Tensor,
+    kv: Tensor | None,
+    spec: AttentionSpec,
+    rope: Tensor,
+    plan: AttentionPlan,
+    keys: Tensor | None,
+    values: Tensor | None,
+    q_norm: Weight | None,
+    k_norm: Weight | None,
+    want_lse: bool,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `engine.kernels.attention.attention`; `tiles` is for tests that want several splits of a short sequence. Head
+    widths that the walk does not fit run on plain Triton alone."""
+    arguments = (qkv, kv, spec, rope, plan, keys, values, q_norm, k_norm, want_lse)
+    if spec.head_dim not in HEAD_DIMS:
+        return triton_attention.forward(*arguments, tiles=tiles)
+    return triton_attention.forward(*arguments, tiles=tiles or tiles_of(spec, qkv.dtype, qkv.device), walk=walk)
+
+
+def walk(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor | None, sums: Tensor, softmaxes: Tensor,
+         spec: AttentionSpec, plan: DevicePlan, lists: WorkLists, tiles: Tiles, paged: bool) -> None:  # fmt: skip
+    """Fills what `lists.walk` names: rows of `out` [T, H Dh] and `lse`, or partial results in `sums` [.., H, Dh] and
+    `softmaxes` [.., H, 2]. `q` [T, H, Dh] is rotated; keys and values are in pages or [T_kv, K, Dh]."""
+    H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    group = H // K
+    if paged:
+        box = min(plan.page_size & -plan.page_size, tiles.block_n)
+        keys, values = keys.view(-1, 1, dim), values.view(-1, 1, dim)
+    else:
+        box = tiles.block_n
+    q = q.view(-1, H, dim)
+    whole_tokens = ROWS % group == 0
+    q_map = tensor_map(q, (ROWS // group, group, 64)) if whole_tokens else None
+    k_map, v_map = (tensor_map(each, (box, 1, 64)) for each in (keys, values))
+    programs = tiles.programs if plan.fixed else min(tiles.programs, lists.num_walk * K)
+    launch(
+        walk_kernel, (programs,), None if whole_tokens else q, q_map, k_map, v_map, out, lse, sums, softmaxes,
+        lists.walk, lists.counts, plan.tables, plan.last_keys, q.shape[0], spec.scale * math.log2(math.e),
+        spec.window or 0, GROUP=group, KV_HEADS=K, DIM=dim, PADDED=triton.next_power_of_2(dim),
+        PAGE=plan.page_size if paged else 0, BOX=box, BLOCK_N=tiles.block_n, SPLIT=tiles.split,
+        WINDOWED=spec.window is not None, STAGES=tiles.stages,
+    )  # fmt: skip
