@@ -19,6 +19,7 @@ TESTS = {
     "attention": [f"{SIMULATED}attention.py"],
     "attention's gradients": [f"{SUITE}attention_backward.py", "-k", "production and dtype2"],
     "attention in CUDA C++": [f"{SIMULATED}attention_cuda.py", "-k", "128"],
+    "attention for Hopper": ["tests/kernels/hopper"],
     "products": [f"{SIMULATED}gluon.py", f"{SIMULATED}products.py"],
     "rows": [
         f"{SUITE}swiglu.py",
