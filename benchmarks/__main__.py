@@ -43,8 +43,8 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs them all; returns the file written. Options that are not its own go to every benchmark. Ends the program with
-    status 1 where something failed in part; the file is written all the same."""
+    """Runs them all; returns the file written. Options that are not its own go to every benchmark. Ends the program in
+    status 1 where something failed; the file is written all the same."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="llama-110m", help="comma-separated")
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="comma-separated names (default: all)")
