@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find engine/csrc -type f)
 RECOMPILE := $(if $(wildcard engine/_C*.so),,again)
 MODELS ?= llama-110m
 
-.PHONY: setup test demo lint bench clean again compile-gpu test-gpu bench-gpu gpu
+.PHONY: setup test demo lint bench clean again compile-gpu test-simulated test-gpu bench-gpu gpu
 
 setup: $(VENV)/extension.stamp
 
@@ -53,6 +53,12 @@ bench: setup
 # Every Triton kernel in every dtype, compiled for GPUs that need not be here (minutes; `make test` does bfloat16 only).
 compile-gpu: setup
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile
+
+# The tests of Triton's kernels on what the compiler makes of them for Hopper, in the simulator of PTX, in every dtype.
+test-simulated: setup
+	@env TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -p tests.ptx.plugin \
+		--ignore tests/kernels/triton/test_engine.py --ignore tests/kernels/triton/test_reduction_layouts.py \
+		tests/ptx/kernels tests/kernels/triton
 
 # On a machine with a GPU, whose own python has a CUDA build of torch: nothing is installed, the extensions are built in
 # place for that python. Unproven: no GPU has run these targets yet.
