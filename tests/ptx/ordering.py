@@ -34,7 +34,7 @@ def ordering_of(block: Block) -> Ordering:
 
 
 def _begin(block: Block) -> None:
-    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=block.machine.fences)
+    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=block.machine.strict)
 
     def wrote(threads: Threads, places: np.ndarray, size: int) -> None:
         ordering.wrote(threads.index // 32, places.astype(np.int64), size)
@@ -53,7 +53,7 @@ BLOCK_HOOKS.append(_begin)
 class Ordering:
     """The clocks of one block of `warps` warps and the shadow of its `shared_bytes` of shared memory.
 
-    `fences=False` takes every write for fenced: what Triton 3.6 compiles leaves out some fences of copies.
+    `fences=False` takes every write for fenced: see `Machine`.
     """
 
     def __init__(self, warps: int, shared_bytes: int, *, fences: bool = True) -> None:
