@@ -125,3 +125,18 @@ def test_no_schedule_changes_a_bit_of_what_pages_hold() -> None:
     with simulated("random", "late", 3):
         out = cached(SPEC)
     assert_same_bits(out, expected(SPEC)[0], "with pages")
+
+
+def test_a_reserved_plan_launches_all_programs_and_reads_what_there_is_to_do() -> None:
+    """As under a CUDA graph: rows past the batch hold NaN, and nothing is written for them."""
+    from engine.kernels.triton.attention import forward
+
+    plan, given = plan_of(LENGTHS), options(SPEC)
+    on_device = plan.on_device(torch.device("cpu"))
+    on_device.reserve(sum(LENGTHS) + 13, 8, 0)
+    on_device.upload(plan)
+    qkv = torch.cat([inputs(SPEC), torch.full((13, SPEC.row_size), float("nan"), dtype=DTYPE)])
+    with simulated() as launches, torch.no_grad():
+        out, _ = forward(qkv, None, SPEC, given.pop("rope"), plan, None, None, None, None, True, **given)
+    assert [launch.constants["CONSUMERS"] for launch in launches if launch.name == "walk"] == [2, 1]
+    assert_same_bits(out[: sum(LENGTHS)], expected(SPEC)[0], "output")
