@@ -57,8 +57,9 @@ compile-gpu: setup
 # On a machine with a GPU, whose own python has a CUDA build of torch: nothing is installed, the extensions are built in
 # place for that python. Unproven: no GPU has run these targets yet.
 gpu:
-	@$(PYTHON) -c 'import torch, triton, msgspec, pybind11, pytest, sys; sys.exit(not torch.cuda.is_available())' || \
-		{ echo "error: $(PYTHON) needs a GPU, and torch, triton, msgspec, pybind11 and pytest (make PYTHON=...)"; exit 1; }
+	@$(PYTHON) -c 'import jinja2, msgspec, numpy, pybind11, pytest, rich, safetensors, setuptools, sys, tokenizers, torch, triton; \
+		sys.exit(not torch.cuda.is_available() and "torch sees no GPU")' || { echo "error: $(PYTHON) needs a GPU," \
+		"torch and triton for it, and what is named above (make PYTHON=...)"; exit 1; }
 	@$(PYTHON) setup.py --quiet build_ext --inplace
 	@$(PYTHON) -c 'from engine.kernels.op import cpu_missing, cuda_not_built; \
 		print("gpu:", cpu_missing() or "the C++ kernels are ready"); print("gpu:", cuda_not_built() or "the CUDA kernels are ready")'

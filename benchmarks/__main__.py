@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decode, exactness_cost, grpo_step, kernels, rollout, scaling, train_step
+from benchmarks import cli, decode, exactness_cost, grpo_step, kernels, rollout, scaling, train_step
 from benchmarks.machine import processor, slug
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where they run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
     args, forwarded = parser.parse_known_args(argv)
+    cli.need_device(parser, args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     text = [f"# {name}, {time.strftime('%Y-%m-%d')}\n"]
     for model in args.models.split(","):

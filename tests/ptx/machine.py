@@ -91,7 +91,7 @@ DTYPES: dict[str, Any] = {name: dtype for views in _VIEWS.values() for name, dty
     "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32,
 }  # fmt: skip
 _VIEW_OF = {"b16": "u16", "b32": "u32", "b64": "u64", "bf16": "u16", "bf16x2": "u32", "f16x2": "u32"}
-_FAMILIES = ("arithmetic", "memory", "tensor_core", "copies")  # the modules that fill OPERATIONS
+_FAMILIES = ("arithmetic", "memory", "tensor_core", "copies", "register_pool")  # the modules that fill OPERATIONS
 _ENDS_RUN = {"bra", "ret", "exit", "bar", "barrier", "mbarrier", "brx"}
 
 

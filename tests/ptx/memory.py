@@ -166,14 +166,6 @@ def _trap(instruction: Instruction) -> Run:
     return run
 
 
-@operation("setmaxnreg")
-def _setmaxnreg(instruction: Instruction) -> Run:
-    (count,) = instruction.operands
-    if not isinstance(count, Immediate) or not 24 <= count.value <= 256 or count.value % 8:
-        raise instruction.error("registers are a multiple of 8 from 24 to 256")
-    return lambda block, threads: meet(instruction, block, threads)
-
-
 # -- lanes of a warp
 
 

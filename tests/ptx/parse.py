@@ -163,6 +163,7 @@ class Kernel:
     tables: dict[str, list[str]] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILES, 0))
     threads: int | None = None  # what .reqntid says
+    thread_registers: int | None = None  # what .maxnreg says
 
 
 @dataclass
@@ -302,6 +303,8 @@ class _Parser:
         threads = re.search(r"\.(?:reqntid|maxntid)\s+([\d\s,]+)", head)
         if threads:
             kernel.threads = int(np.prod([int(each) for each in threads[1].split(",")]))
+        if registers := re.search(r"\.maxnreg\s+(\d+)", head):
+            kernel.thread_registers = int(registers[1])
         self.result.kernels[kernel.name] = kernel
         self.at = opening + 1
         self.body(kernel)

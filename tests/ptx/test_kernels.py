@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = [
     ["tests/ptx/kernels"],
+    ["tests/kernels/hopper"],
 ]
 
 

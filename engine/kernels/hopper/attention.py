@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.kernels.attention_pages import AttentionSpec
 from engine.kernels.attention_plan import AttentionPlan
+from engine.kernels.hopper.attention_backward import backward
 from engine.kernels.hopper.attention_walk import walk as walk_kernel
 from engine.kernels.hopper.gluon import tensor_map
 from engine.kernels.triton import attention as triton_attention
@@ -23,10 +24,10 @@ from engine.kernels.triton.attention_work import Tiles, WorkLists
 from engine.kernels.triton.launch import launch
 from engine.kernels.weight import Weight
 
+__all__ = ["backward", "forward"]
+
 HEAD_DIMS = (64, 96, 128)
 ROWS = 64  # of a consumer, which are half of an item's
-
-backward = triton_attention.backward
 
 
 def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Tiles:

@@ -23,7 +23,10 @@ def reshaped(memory: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any
 
 
 def tensor_map(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
-    """How the copy engine (TMA) takes boxes of a 16-bit tensor into rows of 128 bytes in shared memory. What lies
-    outside the tensor is 0. `box` has as many sides as the tensor, the last of 64; all strides but the last, which
-    is 1, are multiples of 16 bytes, as is the address."""
-    return TensorDescriptor.from_tensor(tensor, list(box), gl.NVMMASharedLayout(128, 16, rank=len(box)))
+    """How the copy engine (TMA) takes boxes of a tensor into shared memory: 16-bit ones into rows of 128 bytes, which
+    wgmma reads, others without a swizzle. What lies outside the tensor is 0. `box` has as many sides as the tensor;
+    in 16 bits the last is 64 or 128. The last stride is 1, others are multiples of 16 bytes, as is the address.
+    """
+    bits = 8 * tensor.element_size()
+    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, rank=len(box))
+    return TensorDescriptor.from_tensor(tensor, list(box), layout)

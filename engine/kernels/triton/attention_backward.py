@@ -17,10 +17,9 @@ heads wider than 128 leave them no registers, so they do that in a launch of its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +27,8 @@ from torch import Tensor
 
 from engine.kernels.graph import empty
 from engine.kernels.triton import rotate, rotate_backward
+from engine.kernels.triton.attention_backward_work import Tiles, whole_tokens, work_lists
+from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.launch import launch
 from engine.kernels.triton.rotate_backward import add_norm_gradient, halves, head_columns, norm_sums, turn_back
 from engine.kernels.weight import Weight
@@ -35,20 +36,14 @@ from engine.kernels.weight import Weight
 if TYPE_CHECKING:
     from engine.kernels.attention import AttentionPlan, AttentionSpec
 
-_LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rows and keys of a tile in either kernel, and how it is launched."""
-
-    query_rows: int  # _grad_queries: rows of a program
-    query_keys: int  # and keys of a step
-    key_keys: int  # _grad_keys: keys of a program
-    key_rows: int  # and rows of a step
-    num_warps: int
-    num_stages: int
-    apart: bool = False  # dK and dV in a launch each, RoPE and norms in others: wide heads fill the registers
+# (q, k, v, d_out, out, lse, to fill: fp32 gradients of turned queries [T, H, Dh] and keys [T_kv, K, Dh], and rows with
+# those of values; spec, plan, work of either kernel): takes the place of both kernels
+Walks = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "AttentionSpec", DevicePlan, Tensor,
+     Tensor],
+    None,
+]  # fmt: skip
+LOG2E = 1.4426950408889634
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -73,12 +68,14 @@ def backward(
     q_norm: Weight | None,
     k_norm: Weight | None,
     tiles: Tiles | None = None,
+    walks: Walks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of qkv, and of kv where that is given; those of the norms are added to their weights' gradients.
 
     d_out, out [T, H Dh] in qkv's dtype and lse, fp32 [T, H] to base 2, are contiguous. Rows past the plan's have
     gradients of 0. Turned queries and keys are computed again: to save them would take the memory of qkv once more for
-    each layer. `tiles` is for tests that want several of them in a short sequence. Same call, same bits.
+    each layer. `tiles` is for tests that want several of them in a short sequence, and for `walks` other than these,
+    which come with tiles whose epilogue is `apart`. Same call, same bits.
     """
     device, queries = qkv.device, spec.num_heads * spec.head_dim
     tiles = tiles or tiles_for(spec.head_dim, qkv.dtype)
@@ -94,89 +91,44 @@ def backward(
     kv_rows, d_kv_rows = (qkv[:, queries:], d_qkv[:, queries:]) if kv is None or d_kv is None else (kv, d_kv)
     d_qkv[on_device.num_tokens :].zero_()
     d_kv_rows[on_device.num_keys :].zero_()
-    delta = empty((qkv.shape[0], spec.num_heads), torch.float32, device)
-    shape = {
-        "HEADS": spec.num_heads, "GROUP": group, "DIM": spec.head_dim, "BLOCK": triton.next_power_of_2(spec.head_dim),
-        "WINDOW": window, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
-    }  # fmt: skip
-
-    scalars = spec.scale * _LOG2E, spec.scale, spec.eps
     turned_q = turned_k = None
-    fused_q, fused_k = q_norm, k_norm
     if tiles.apart:
         turned_q = empty((on_device.num_tokens, spec.num_heads, spec.head_dim), torch.float32, device)
         turned_k = empty((on_device.num_keys, spec.num_kv_heads, spec.head_dim), torch.float32, device)
-        fused_q = fused_k = None
-
-    programs = query_work.shape[0], spec.num_kv_heads
-    sums = norm_sums(programs, fused_q, q)
-    launch(
-        _grad_queries, programs, q, k, v, d_out, out, lse, delta, on_device.last_keys, on_device.query_positions, rope,
-        qkv, None if fused_q is None else fused_q.data, d_qkv, sums, turned_q, query_work, *scalars, qkv.stride(0),
-        d_qkv.stride(0), ROWS=tiles.query_rows, KEYS=tiles.query_keys, **shape,
-    )  # fmt: skip
-    add_norm_gradient(sums, fused_q)
-    programs = key_work.shape[0], spec.num_kv_heads
-    sums = norm_sums(programs, fused_k, q)
-    for d_k, d_v in ((False, True), (True, False)) if tiles.apart else ((True, True),):
+    if walks is not None and turned_q is not None and turned_k is not None:
+        d_values = d_kv_rows[:, spec.num_kv_heads * spec.head_dim :]
+        walks(q, k, v, d_out, out, lse, turned_q, turned_k, d_values, spec, on_device, query_work, key_work)
+    else:
+        fused_q, fused_k = (None, None) if tiles.apart else (q_norm, k_norm)
+        delta = empty((qkv.shape[0], spec.num_heads), torch.float32, device)
+        scalars = spec.scale * LOG2E, spec.scale, spec.eps
+        shape = {
+            "HEADS": spec.num_heads, "GROUP": group, "DIM": spec.head_dim, "WINDOW": window,
+            "BLOCK": triton.next_power_of_2(spec.head_dim), "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }  # fmt: skip
+        programs = query_work.shape[0], spec.num_kv_heads
+        sums = norm_sums(programs, fused_q, q)
         launch(
-            _grad_keys, programs, q, k, v, d_out, lse, delta, on_device.last_keys, on_device.key_positions, rope,
-            kv_rows, None if fused_k is None else fused_k.data, d_kv_rows, sums, turned_k, key_work, *scalars,
-            kv_rows.stride(0), d_kv_rows.stride(0), ROWS=tiles.key_rows, KEYS=tiles.key_keys, D_K=d_k, D_V=d_v, **shape,
+            _grad_queries, programs, q, k, v, d_out, out, lse, delta, on_device.last_keys, on_device.query_positions,
+            rope, qkv, None if fused_q is None else fused_q.data, d_qkv, sums, turned_q, query_work, *scalars,
+            qkv.stride(0), d_qkv.stride(0), ROWS=tiles.query_rows, KEYS=tiles.query_keys, **shape,
         )  # fmt: skip
-    add_norm_gradient(sums, fused_k)
+        add_norm_gradient(sums, fused_q)
+        programs = key_work.shape[0], spec.num_kv_heads
+        sums = norm_sums(programs, fused_k, q)
+        for d_k, d_v in ((False, True), (True, False)) if tiles.apart else ((True, True),):
+            launch(
+                _grad_keys, programs, q, k, v, d_out, lse, delta, on_device.last_keys, on_device.key_positions, rope,
+                kv_rows, None if fused_k is None else fused_k.data, d_kv_rows, sums, turned_k, key_work, *scalars,
+                kv_rows.stride(0), d_kv_rows.stride(0), ROWS=tiles.key_rows, KEYS=tiles.key_keys, D_K=d_k, D_V=d_v,
+                **shape,
+            )  # fmt: skip
+        add_norm_gradient(sums, fused_k)
     if turned_q is not None and turned_k is not None:
         rotate_backward.backward(turned_q, qkv, d_qkv, on_device.query_positions, rope, q_norm, spec.eps)
         rotate_backward.backward(turned_k, kv_rows, d_kv_rows, on_device.key_positions, rope, k_norm, spec.eps)
     return d_qkv, d_kv
-
-
-def work_lists(plan: AttentionPlan, group: int, window: int, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
-    """What the programs of both kernels do, heaviest first: int32 [n, 4] and [n, 7].
-
-    A tile of rows: its sequence's first token and last token + 1, the tile's first row among the sequence's, the row of
-    `kv` that the sequence's first key is. A tile of keys: that row, the tile's first key in the sequence, how many keys
-    it has, and four tokens: the first that sees one of them, the first that is not before any of them, the first that
-    the window hides one from, the first that it hides all from.
-    """
-    starts = plan.kv_plan.cu_seqlens.numpy().astype(np.int64)
-    rows = plan.rows().numpy()  # the key row of each query, rising
-    query_starts = np.searchsorted(rows, starts)
-
-    step = _whole_tokens(tiles.query_rows, group)
-    counts = -(-np.diff(query_starts) * group // step)
-    sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
-    first, last, row = query_starts[sequence], query_starts[sequence + 1], index * step
-    highest = rows[np.minimum(first + (row + step - 1) // group, last - 1)] - starts[sequence]
-    queries = np.stack([first, last, row, starts[sequence]], 1)
-    queries = queries[np.argsort(-np.minimum(highest, window or highest), kind="stable")]
-
-    counts = -(-np.diff(starts) // tiles.key_keys)
-    sequence, index = np.repeat(np.arange(len(counts)), counts), _counted(counts)
-    begin = starts[sequence] + index * tiles.key_keys
-    end = np.minimum(begin + tiles.key_keys, starts[sequence + 1])
-    first, last = query_starts[sequence], query_starts[sequence + 1]
-
-    def bound(key: np.ndarray) -> np.ndarray:
-        return np.clip(np.searchsorted(rows, key), first, last)
-
-    seen, whole = bound(begin), bound(begin + tiles.key_keys - 1)
-    cut, hidden = (bound(begin + window), bound(end - 1 + window)) if window else (last, last)
-    first_key = starts[sequence]
-    keys = np.stack([first_key, begin - first_key, end - begin, seen, np.minimum(whole, hidden), cut, hidden], 1)
-    keys = keys[np.argsort(seen - hidden, kind="stable")]
-    return queries.astype(np.int32), keys.astype(np.int32)
-
-
-def _counted(counts: np.ndarray) -> np.ndarray:
-    """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-@triton.constexpr_function
-def _whole_tokens(rows: int, group: int, smallest: int = 0) -> int:
-    """Rows that a tile of `rows` takes: whole tokens only, where one fits the `smallest` tile that takes part."""
-    return rows // group * group if group <= (smallest or rows) else rows
 
 
 @triton.jit
@@ -265,7 +217,7 @@ def _grad_queries(
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP)
+    STEP: tl.constexpr = whole_tokens(ROWS, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     last_token = tl.load(work + tile * 4 + 1)
@@ -367,8 +319,8 @@ def _grad_keys(
     KEYS: tl.constexpr, WINDOW: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = ROWS // 2  # of a tile with masks, which take registers
-    STEP: tl.constexpr = _whole_tokens(ROWS, GROUP, HALF)
-    HALF_STEP: tl.constexpr = _whole_tokens(HALF, GROUP)
+    STEP: tl.constexpr = whole_tokens(ROWS, GROUP, HALF)
+    HALF_STEP: tl.constexpr = whole_tokens(HALF, GROUP)
     KEY_ROW: tl.constexpr = HEADS // GROUP * DIM
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     key = tl.load(work + tile * 7 + 1)

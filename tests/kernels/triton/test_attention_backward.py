@@ -5,7 +5,9 @@ Tiles are small here, so that 41 keys are several of them, and the forward's res
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import log
 
 import pytest
@@ -32,7 +34,7 @@ NAMES = ("d_q", "d_kv", "d_q_norm", "d_k_norm")
 
 
 def rope_of(spec: AttentionSpec) -> Tensor:
-    return rope_table(spec.head_dim, 10000.0, None, 192)
+    return rope_table(spec.head_dim, 10000.0, None, 320)
 
 
 def example(spec: AttentionSpec, dtype: torch.dtype, length: int = sum(LENGTHS)) -> tuple[Tensor, Tensor]:
@@ -81,9 +83,11 @@ def gradients(
     norms: list[Weight] | None,
     segments: list[tuple[int, int]] | None = None,
     tiles: object = None,
+    backward: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
 ) -> list[Tensor]:
-    """d_q, d_kv, and, with norms, d_q_norm, d_k_norm; of the queries in `segments` alone where these are given."""
-    from engine.kernels.triton.attention_backward import backward
+    """d_q, d_kv, and, with norms, d_q_norm, d_k_norm; of the queries in `segments` alone where these are given. From
+    the plain kernels in small tiles, or from another `backward`."""
+    from engine.kernels.triton.attention_backward import backward as plain
 
     queries = spec.num_heads * spec.head_dim
     out, lse = of_definition(qkv if norms is None else normed(qkv, spec, norms), spec, lengths)
@@ -95,8 +99,8 @@ def gradients(
         rows = plan.rows().to(DEVICE)
         x, kv, d_out, out, lse = qkv[rows, :queries], qkv[:, queries:], d_out[rows], out[rows], lse[rows]
     weights = norms or [None, None]
-    d_x, d_kv = backward(d_out, out, lse, x, kv, spec, rope_of(spec).to(DEVICE), plan, *weights,
-                         tiles=tiles or small_tiles())  # fmt: skip
+    backward = backward or partial(plain, tiles=tiles or small_tiles())
+    d_x, d_kv = backward(d_out, out, lse, x, kv, spec, rope_of(spec).to(DEVICE), plan, *weights)
     d_q, d_kv = (d_x, d_kv) if d_kv is not None else (d_x[:, :queries], d_x[:, queries:])
     return [d_q, d_kv, *(norm.grad_buffer() for norm in norms or [])]
 
