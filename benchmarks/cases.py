@@ -1,28 +1,27 @@
 """Every op at the shapes that a model gives it, beside what torch offers for the same: the rows of `kernels` and
 `exactness_cost`.
 
-# T tokens, N columns, K width, S sequences, V vocabulary, D model width, Dh head width
+# T tokens, N columns, K width, V vocabulary, D model width
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.workloads import size
+from benchmarks.attention_cases import attention_cases
+from benchmarks.case import Case
+from benchmarks.flash_attention import FlashAttention
 from engine.config import ModelConfig
 from engine.kernels.adamw import adamw_, squared_norm
-from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
 from engine.kernels.embedding import embedding
 from engine.kernels.linear import linear, linear_grad_input, linear_grad_weight_
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
-from engine.kernels.rope import rope_table
 from engine.kernels.sample_token import sample_token
 from engine.kernels.shard_logprob import fold_statistics, shard_statistics, shard_targets
 from engine.kernels.swiglu import swiglu
@@ -30,40 +29,6 @@ from engine.kernels.token_logprob import token_logprob
 from engine.kernels.weight import Weight
 
 SHARDS = 8  # of the vocabulary, where one of them is measured
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape. `work` is operations where `kind` is "flops" and bytes moved where it is "bytes"."""
-
-    op: str
-    shape: str
-    kind: str
-    work: float
-    ours: Callable[[], object]
-    torch: Callable[[], object] | None
-    backends: dict[str, Callable[[], object]] = field(default_factory=dict)  # torch's, where it has several
-
-
-def sdpa_backends(function: Callable[[], object]) -> dict[str, Callable[[], object]]:
-    """`function` under each backend of torch's SDPA that can run it on a GPU; on a CPU there is one."""
-    if torch.get_default_device().type == "cpu":
-        return {}
-    named = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-             "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
-
-    def under(backend: SDPBackend) -> object:
-        with sdpa_kernel(backend):
-            return function()
-
-    found: dict[str, Callable[[], object]] = {}
-    for name, backend in named.items():
-        try:
-            under(backend)
-        except RuntimeError:  # "no available kernel": torch says so in no other way
-            continue
-        found[name] = partial(under, backend)
-    return found
 
 
 def _weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool) -> tuple[Weight, Tensor]:
@@ -106,75 +71,6 @@ def linear_gradient_cases(config: ModelConfig, dtype: torch.dtype, rows: int) ->
     work, shape = 2 * rows * columns * width, f"gate_up T={rows} N={columns} K={width}"
     yield Case("linear_grad_input", shape, "flops", work, lambda: linear_grad_input(dy, weight), lambda: dy @ dense)
     yield Case("linear_grad_weight", shape, "flops", work, lambda: linear_grad_weight_(dy, x, weight), lambda: dy.T @ x)
-
-
-def attention_cases(
-    config: ModelConfig, dtype: torch.dtype, lengths: list[int], decode: tuple[int, int, int]
-) -> Iterator[Case]:
-    """Causal attention over whole sequences, its gradient, and one token each of `decode` = (S, keys, page size)
-    sequences, from pages of the model's dtype and of e4m3 (beside torch's attention in the model's dtype).
-
-    Ours starts from the fused q, k, v and includes RoPE and the writing of keys and values; SDPA is handed queries and
-    keys that are turned already, in its own layout.
-    """
-    spec = AttentionSpec(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max(*lengths, decode[1]) + 1)
-
-    def heads(count: int, sequences: int, length: int) -> Tensor:
-        return torch.randn(sequences, count, length, config.head_dim).to(dtype)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-
-    def gradient(function: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> object:
-        return torch.autograd.grad(function(*inputs), inputs, d_out)
-
-    flops_per_key = 2 * size(config).attention / config.num_hidden_layers
-    for length in lengths:
-        sequences = max(1, max(lengths) // length)
-        rows = sequences * length
-        plan = AttentionPlan()
-        ends = torch.arange(0, rows + 1, length, dtype=torch.int32, device="cpu")
-        plan.build(ends, ends.diff(), torch.arange(length, dtype=torch.int32, device="cpu").repeat(sequences))
-        qkv = torch.randn(rows, spec.row_size).to(dtype)
-        q, k, v = (heads(n, sequences, length) for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))
-        flops = flops_per_key * sequences * length * (length + 1) / 2
-        shape = f"S={sequences} T={rows} Dh={config.head_dim}"
-        forward = partial(sdpa, q, k, v, causal=True)
-        yield Case("attention prefill", shape, "flops", flops, partial(attention, qkv, spec, rope, plan), forward,
-                   sdpa_backends(forward))  # fmt: skip
-        leaf, dy = qkv.clone().requires_grad_(), torch.randn(rows, spec.num_heads * spec.head_dim).to(dtype)
-        leaves, dout = [t.clone().requires_grad_() for t in (q, k, v)], heads(spec.num_heads, sequences, length)
-        yield Case("attention forward + backward", shape, "flops", 3 * flops,
-                   partial(gradient, partial(attention, spec=spec, rope=rope, plan=plan), [leaf], dy),
-                   both := partial(gradient, partial(sdpa, causal=True), leaves, dout),
-                   sdpa_backends(both))  # fmt: skip
-    for kv_dtype in (None, torch.float8_e4m3fn):
-        yield from _decode_cases(replace(spec, kv_dtype=kv_dtype), rope, dtype, *decode, sdpa)
-
-
-def _decode_cases(
-    spec: AttentionSpec, rope: Tensor, dtype: torch.dtype, sequences: int, keys: int, page_size: int,
-    sdpa: Callable[[Tensor, Tensor, Tensor, bool], Tensor],
-) -> Iterator[Case]:  # fmt: skip
-    pages_each = -(-keys // page_size)
-    pages = allocate_pages(sequences * pages_each, page_size, spec, dtype)
-    for pool in pages:
-        pool.copy_(torch.randn(pool.shape))
-    plan = AttentionPlan()
-    with torch.device("cpu"):
-        plan.build(torch.arange(sequences + 1, dtype=torch.int32), torch.full((sequences,), keys, dtype=torch.int32),
-                   positions=torch.full((sequences,), keys - 1, dtype=torch.int32),
-                   block_tables=torch.arange(sequences * pages_each, dtype=torch.int32).view(sequences, -1),
-                   page_size=page_size)  # fmt: skip
-    qkv = torch.randn(sequences, spec.row_size).to(dtype)
-    q, k, v = (torch.randn(sequences, n, length, spec.head_dim).to(dtype) for n, length in
-               ((spec.num_heads, 1), (spec.num_kv_heads, keys), (spec.num_kv_heads, keys)))  # fmt: skip
-    itemsize, suffix = (dtype.itemsize, "") if spec.kv_dtype is None else (1, "_e4m3")
-    read = 2 * sequences * keys * spec.num_kv_heads * spec.head_dim * itemsize
-    one = partial(sdpa, q, k, v, False)
-    yield Case(f"attention{suffix} decode", f"S={sequences} keys={keys} Dh={spec.head_dim}", "bytes", read,
-               lambda: attention(qkv, spec, rope, plan, *pages), one, sdpa_backends(one))  # fmt: skip
 
 
 def row_cases(config: ModelConfig, dtype: torch.dtype, rows: int) -> Iterator[Case]:
@@ -269,11 +165,17 @@ SIZES = {
 QUICK = Sizes(32, 32, (32,), decode=(32, 32, 16), loss_rows=32)
 
 
-def all_cases(config: ModelConfig, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
-    """Every op, on torch's default device."""
+def all_cases(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    backends: Sequence[str] = (),
+    peers: Sequence[FlashAttention] = (),
+) -> Iterator[Case]:
+    """Every op, on torch's default device; attention on our `backends` (see `attention_cases`), beside `peers` too."""
     yield from linear_cases(config, dtype, [1, sizes.few_rows, sizes.rows])
     yield from linear_gradient_cases(config, dtype, sizes.rows)
-    yield from attention_cases(config, dtype, list(sizes.lengths), sizes.decode)
+    yield from attention_cases(config, dtype, list(sizes.lengths), sizes.decode, backends, peers)
     yield from row_cases(config, dtype, sizes.rows)
     yield from logit_cases(config, dtype, sizes.loss_rows, sizes.few_rows)
     yield from optimizer_cases(config, dtype)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
-from benchmarks import cli, machine
-from benchmarks.cases import attention_cases, linear_cases
+from benchmarks import cli
+from benchmarks.attention_cases import attention_cases
+from benchmarks.cases import QUICK, SIZES, linear_cases, on_device
 from benchmarks.project import Project
 from benchmarks.table import aligned
 from benchmarks.timing import Timing, interleaved, per_call
@@ -50,7 +52,7 @@ def whole_steps(
     ours: Project, peer: TransformersPeer, sequences: list[list[int]], work: Generation
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Scoring, a training step and a rollout: (ours, transformers)."""
-    ids = torch.tensor(sequences)
+    ids = torch.tensor(sequences, device=peer.device)
 
     @torch.inference_mode()
     def score() -> torch.Tensor:
@@ -66,21 +68,25 @@ def whole_steps(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = cli.parse(__doc__ or "", argv)
-    limits = machine.measure(args.quick)
-    dtype, rows, window_s = getattr(torch, args.dtype), 32 if args.quick else 2048, 0.001 if args.quick else 0.05
+    limits = cli.limits(args)
+    dtype, window_s = getattr(torch, args.dtype), 0.001 if args.quick else 0.05
+    sizes = QUICK if args.quick else SIZES[args.device]
     results = []
     with torch.inference_mode():
-        cases = list(linear_cases(args.config, dtype, [1, min(128, rows), rows]))
-    attention = attention_cases(args.config, dtype, [min(512, rows), rows], (min(128, rows), min(192, rows), 16))
-    cases += (case for case in attention if "e4m3" not in case.op)  # torch has nothing to put beside it
-    for case in cases:
+        linear = list(on_device(args.device, linear_cases(args.config, dtype, [1, sizes.few_rows, sizes.rows])))
+    attention = on_device(args.device, attention_cases(args.config, dtype, list(sizes.lengths), sizes.decode))
+    with_torch = (case for case in attention if "e4m3" not in case.op)  # torch has nothing to put beside it
+    for case in chain(linear, with_torch):
         assert case.torch is not None  # every op here has a counterpart
-        taken = per_call({"exact": case.ours, "inexact": case.torch}, args.repeats, window_s)
-        results.append(result(case.op, case.shape, taken["exact"], taken["inexact"]))
-    del cases
+        others = {"torch": case.torch} | case.backends
+        taken = per_call({"exact": case.ours} | others, args.repeats, window_s)
+        fastest = min((taken[name] for name in others), key=lambda timing: timing.median)
+        results.append(result(case.op, case.shape, taken["exact"], fastest))
+    del linear, case
     if args.peer == "transformers":
         work, sequences = generation("W2s", args.config, args.scale), training_sequences("T1", args.config, args.scale)
-        ours, peer = Project(args.config, [work], args.dtype), TransformersPeer(args.config, args.dtype)
+        ours = Project(args.config, [work], args.dtype, device=args.device)
+        peer = TransformersPeer(args.config, args.dtype, args.device)
         shapes = {"rollout": f"{work.output_tokens} tokens out"}
         for name, (exact, inexact) in whole_steps(ours, peer, sequences, work).items():
             taken = interleaved({"exact": exact, "inexact": inexact}, args.repeats, warmup=1 if args.quick else 2)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 
@@ -17,6 +17,10 @@ COPY_BYTES = 4 << 30  # many times any cache
 @dataclass(frozen=True)
 class Gpu(Machine):
     """`read_memory` is of a copy, bytes read and written; `threads` counts multiprocessors."""
+
+    @property
+    def memory_limit(self) -> str:
+        return "copies"
 
     def reads_of(self, size: int, repeats: int = 5) -> float:
         return copy_bandwidth(size // 2, repeats)
@@ -31,6 +35,8 @@ class Gpu(Machine):
 
 def measure(quick: bool = False) -> Gpu:
     """Measures torch's current GPU on random data."""
+    import triton  # here alone: it takes a second, and a machine without a GPU need not have it
+
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     read_bytes = 1 << 24 if quick else COPY_BYTES
     return Gpu(
@@ -41,7 +47,7 @@ def measure(quick: bool = False) -> Gpu:
         gemm_float32=gemm_peak(torch.float32, 512 if quick else 4096),
         read_memory=copy_bandwidth(read_bytes, repeats=1 if quick else 5),
         read_bytes=read_bytes,
-        versions={"torch": torch.__version__, "triton": version("triton"), **_driver()},
+        versions={"torch": torch.__version__, "triton": triton.__version__, **_driver()},
     )
 
 
@@ -64,8 +70,13 @@ def copy_bandwidth(size: int, repeats: int) -> float:
 
 
 def _driver() -> dict[str, str]:
-    """Driver and clocks while it works, as nvidia-smi has them."""
+    """Driver and clocks while it works, as nvidia-smi has them; empty where that is not there or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    device = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # its number may differ from torch's
     query = "driver_version,clocks.sm,clocks.mem"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
-    values = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split(", ")
-    return dict(zip(("driver", "SM clock", "memory clock"), values, strict=True))
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{device}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    values = done.stdout.strip().split(", ")
+    names = ("driver", "SM clock", "memory clock")
+    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else {}

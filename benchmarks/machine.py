@@ -48,6 +48,11 @@ class Machine:
         """Peak of torch's own matmul in `dtype`, FLOP/s."""
         return self.gemm_bfloat16 if dtype == "bfloat16" else self.gemm_float32
 
+    @property
+    def memory_limit(self) -> str:
+        """What `read_memory` is the speed of."""
+        return "memory reads"
+
     def reads_of(self, size: int, repeats: int = 5) -> float:
         """Bytes per second read from a buffer of `size` bytes."""
         return read_bandwidth(size, repeats)
