@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find engine/csrc -type f)
 RECOMPILE := $(if $(wildcard engine/_C*.so),,again)
 MODELS ?= llama-110m
 
-.PHONY: setup test demo lint bench clean again compile-gpu test-gpu bench-gpu gpu
+.PHONY: setup test demo lint bench clean again compile-gpu test-simulated test-gpu bench-gpu gpu
 
 setup: $(VENV)/extension.stamp
 
@@ -54,6 +54,12 @@ bench: setup
 compile-gpu: setup
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile
 
+# The tests of Triton's kernels on what the compiler makes of them for Hopper, in the simulator of PTX, in every dtype.
+test-simulated: setup
+	@env TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -p tests.ptx.plugin \
+		--ignore tests/kernels/triton/test_engine.py --ignore tests/kernels/triton/test_reduction_layouts.py \
+		tests/ptx/kernels tests/kernels/triton
+
 # On a machine with a GPU, whose own python has a CUDA build of torch: nothing is installed, the extensions are built in
 # place for that python. Unproven: no GPU has run these targets yet.
 gpu:
@@ -68,9 +74,9 @@ gpu:
 
 test-gpu: gpu
 	@$(PYTHON) -m tests.on_gpu tests/test_exactness.py tests/kernels/triton tests/kernels/cuda
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 4)'; \
+	@if $(PYTHON) -c 'import hypothesis, torch, sys; sys.exit(torch.cuda.device_count() < 4)' 2>/dev/null; \
 		then $(PYTHON) -m pytest tests/parallel; \
-		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs"; fi
+		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs, and hypothesis"; fi
 	@! command -v compute-sanitizer >/dev/null || \
 		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
 

@@ -20,7 +20,7 @@ from tests.ptx.parse import Module, PTXError, parse
 from tests.ptx.tensor_map import expanded
 
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
-_PROXY_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # older ones leave some out
+_STRICT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # see Machine
 _compiled: dict[str, tuple[Module, Any]] = {}
 _machines: dict[tuple[str, str, str], tuple[Machine, Any]] = {}
 
@@ -69,6 +69,6 @@ def machine_of(launch: Launch, schedule: str, completion: str) -> tuple[Machine,
             raise PTXError(f"{name} does not say how many threads a block has")
         _machines[key, schedule, completion] = (
             Machine(module, name, threads, metadata.shared, schedule, completion,
-                    fences=_PROXY_FENCES or launch.gluon), metadata,
+                    strict=_STRICT or launch.gluon), metadata,
         )  # fmt: skip
     return _machines[key, schedule, completion]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -188,9 +189,10 @@ _ALIGN = re.compile(r"\.align\s+(\d+)")
 _NUMBER = re.compile(r"-?\s*(0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+U?)$")
 
 
-def parse(text: str) -> Module:
-    """Raises PTXError where the text is not understood."""
-    return _Parser(_without_comments(text)).module()
+def parse(text: str, kernels: str = "") -> Module:
+    """`kernels` is a regular expression: those in whose names it is not found are left out. Raises PTXError where the
+    text is not understood."""
+    return _Parser(_without_comments(text), kernels).module()
 
 
 def _without_comments(text: str) -> str:
@@ -210,14 +212,15 @@ class _Scope:
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, kernels: str) -> None:
         self.text = text
+        self.wanted = re.compile(kernels)
         self.at = 0
         self.result = Module()
         self.ends = [found.start() for found in re.finditer("\n", text)]
 
     def line(self, at: int) -> int:
-        return int(np.searchsorted(self.ends, at)) + 1
+        return bisect_left(self.ends, at) + 1
 
     def fail(self, what: str, at: int) -> PTXError:
         return PTXError(f"line {self.line(at)}: {what}: {self.text[at : at + 120].strip()!r}")
@@ -286,6 +289,9 @@ class _Parser:
     def kernel(self, head: str, opening: int) -> None:
         name = re.search(r"\.entry\s+([\w$]+)", head)
         assert name
+        if not self.wanted.search(name[1]):
+            self.at = self.matching(opening) + 1
+            return
         kernel = Kernel(name[1])
         inside = head[head.index("(") + 1 : head.rindex(")")] if "(" in head else ""
         offset = 0

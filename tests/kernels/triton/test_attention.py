@@ -18,7 +18,7 @@ from engine.kernels.op import use_backend
 from engine.kernels.rope import apply_rope, rope_table
 from tests.kernels.cases import assert_near, randn
 from tests.kernels.test_attention import definition, int32, plan_of
-from tests.kernels.triton.cases import DEVICE, DTYPES, needs_triton, norms_of
+from tests.kernels.triton.cases import DEVICE, DTYPES, INTERPRETED, needs_triton, norms_of
 from tests.row_invariance import assert_same_bits
 
 pytestmark = needs_triton
@@ -28,7 +28,7 @@ def tiles_for_tests():
     from engine.kernels.triton.attention_work import Tiles
 
     # A GPU sums rows of 16 in another order than rows of 32; production has tiles of 64 rows at least, or of one size.
-    block_m, decode_m = (32, 16) if DEVICE == "cpu" else (64, 64)
+    block_m, decode_m = (32, 16) if INTERPRETED else (64, 64)
     return Tiles(block_m, decode_m, block_n=16, split=16, warps=4, programs=2, decode_programs=2, stages=1)
 
 
@@ -166,7 +166,7 @@ def test_how_work_is_dealt_changes_no_bit():
         "folded after, some in memory": replace(tiles, partials=33, programs=100, fold_after=True),
         "rooms for some": replace(tiles, partials=33, programs=100, reload=True),
         "room for all": replace(tiles, programs=100),
-        **({"tiles of 16 rows": replace(tiles, block_m=16)} if DEVICE == "cpu" else {}),
+        **({"tiles of 16 rows": replace(tiles, block_m=16)} if INTERPRETED else {}),
     }.items():
         assert_same_bits(Cache(spec, torch.float32, [64]).run(qkv, pieces, tiles=other), base, name)
 
