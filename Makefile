@@ -74,9 +74,9 @@ gpu:
 
 test-gpu: gpu
 	@$(PYTHON) -m tests.on_gpu tests/test_exactness.py tests/kernels/triton tests/kernels/cuda
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 4)'; \
+	@if $(PYTHON) -c 'import hypothesis, torch, sys; sys.exit(torch.cuda.device_count() < 4)' 2>/dev/null; \
 		then $(PYTHON) -m pytest tests/parallel; \
-		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs"; fi
+		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs, and hypothesis"; fi
 	@! command -v compute-sanitizer >/dev/null || \
 		compute-sanitizer --error-exitcode=1 $(PYTHON) -m tests.kernels.cuda.sanitized
 

@@ -12,7 +12,8 @@ the next, so what is bound by memory can read faster than memory does.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ OTHERS = ["op", "shape", "beside ours", "rate", "ours is better by"]
 def measure_case(case: Case, limits: machine.Machine, dtype: str, repeats: int, window_s: float) -> dict[str, Any]:
     """Rate of ours and of torch's version (the fastest, where it has several), the share of the limit, the ratio."""
     torchs = ({"torch": case.torch} if case.torch else {}) | case.backends
-    taken = per_call({"ours": case.ours} | torchs | case.peers, repeats, window_s)
+    refusals = {name: reason for name, run in case.peers.items() if (reason := refusal(run))}
+    peers = {name: run for name, run in case.peers.items() if name not in refusals}
+    taken = per_call({"ours": case.ours} | torchs | peers, repeats, window_s)
     rates = {name: case.work / timing.median for name, timing in taken.items()}
     best = max(torchs, key=lambda name: rates[name], default=None)
     limit = limits.gemm(dtype) if case.kind == "flops" else limits.read_memory
@@ -47,10 +50,37 @@ def measure_case(case: Case, limits: machine.Machine, dtype: str, repeats: int, 
         "torch_rate": rates[best] if best else None,
         "torch_backend": best,
         "torch_rates": {name: rates[name] for name in torchs},
-        "peer_rates": {name: rates[name] for name in case.peers},
+        "peer_rates": {name: rates[name] for name in peers},
+        "peers_that_failed": refusals,
         "ours_is_better_by": rates["ours"] / rates[best] if best else None,
         "exactness_cost": others / rates["ours"] - 1 if others else None,
     }
+
+
+def refusal(run: Callable[[], object]) -> str:
+    """Why another package's function cannot be measured; empty where it runs."""
+    try:
+        run()
+    except Exception as error:  # whatever it raises is its own matter, and no reason to lose all other figures
+        return in_a_line(error)
+    return ""
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def measure_all(
+    cases: Iterable[Case], limits: machine.Machine, dtype: str, repeats: int, window_s: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results, and a line for each case that failed: the others are worth having all the same."""
+    results, failed = [], []
+    for case in cases:
+        try:
+            results.append(measure_case(case, limits, dtype, repeats, window_s))
+        except Exception as error:  # of any of our kernels, or of torch's
+            failed.append(f"{case.op}, {case.shape}: {in_a_line(error)}")
+    return results, failed
 
 
 def cells(result: dict[str, Any], limits: machine.Machine) -> list[str]:
@@ -93,16 +123,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = QUICK if args.quick else SIZES[args.device]
     peers, notes = flash_attentions(dtype) if args.device == "cuda" else ([], [])
     backends = args.backends.split(",") if args.backends else exact_backends() if args.device == "cuda" else []
-    results = [
-        measure_case(case, limits, args.dtype, args.repeats, window_s)
-        for case in on_device(args.device, all_cases(args.config, dtype, sizes, backends, peers))
-    ]
+    cases = on_device(args.device, all_cases(args.config, dtype, sizes, backends, peers))
+    results, failed = measure_all(cases, limits, args.dtype, args.repeats, window_s)
+    notes += sorted({f"{name} ({reason})" for r in results for name, reason in r["peers_that_failed"].items()})
     print(f"kernels, {args.model}, {args.dtype}. {limits.describe()}\n")
     print(aligned(HEADER, [cells(result, limits) for result in results]) + "\n")
     if others := [line for result in results for line in other_cells(result)]:
         print(aligned(OTHERS, others) + "\n")
     if notes:
         print(f"Not measured: {'; '.join(notes)}.\n")
+    if failed:
+        print("Failed:\n\n" + "\n".join(f"- {line}" for line in failed) + "\n")
     summary = {
         "benchmark": "kernels",
         "model": args.model,
@@ -110,10 +141,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "machine": limits.as_json(),
         "rows": results,
         "not_measured": notes,
+        "failed": failed,
     }
     print(json.dumps(summary), flush=True)
     return summary
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bool(main()["failed"]))

@@ -66,6 +66,23 @@ def test_kernels_covers_every_op(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert set(OPS) <= measured | {"rms_norm"}
     assert all(row["rate"] > 0 and row["torch_rate"] > 0 for row in result["rows"])
+    assert not result["failed"]
+
+
+def test_a_kernel_that_fails_is_named_and_the_others_are_measured() -> None:
+    from benchmarks.case import Case
+    from benchmarks.kernels import measure_all
+
+    def broken() -> None:
+        raise ValueError("planted")
+
+    limits = machine.measure(quick=True)
+    sound = Case("sound", "N=1", "flops", 1.0, lambda: None, None, peers={"good": lambda: None, "bad": broken})
+    results, failed = measure_all([Case("one", "N=2", "flops", 1.0, broken, None), sound], limits, "float32", 1, 1e-4)
+    assert failed == ["one, N=2: ValueError: planted"]
+    assert [result["op"] for result in results] == ["sound"]
+    assert results[0]["peers_that_failed"] == {"bad": "ValueError: planted"}
+    assert list(results[0]["peer_rates"]) == ["good"]
 
 
 def test_exactness_cost_covers_ops_and_whole_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +107,21 @@ def test_all_benchmarks_write_one_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("benchmarks.__main__.BENCHMARKS", {"decode": import_module("benchmarks.decode")})
     path = run_all(["--models=tiny", f"--results={tmp_path}", "--quick", "--peer=none"])
     assert "| W1 " in path.read_text() and '{"benchmark"' not in path.read_text()
+
+
+def test_a_page_with_a_failure_is_written_and_ends_with_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        @staticmethod
+        def main(arguments: list[str]) -> dict[str, Any]:
+            print("a table\n{}")
+            return {"failed": ["one kernel"]}
+
+    monkeypatch.setattr("benchmarks.__main__.BENCHMARKS", {"kernels": Failing})
+    with pytest.raises(SystemExit, match=r"failed in part: kernels \(tiny\)"):
+        run_all(["--models=tiny", f"--results={tmp_path}"])
+    assert "a table" in next(tmp_path.glob("*.md")).read_text()
 
 
 def test_read_loop_is_found_out_when_its_sum_is_wrong() -> None:

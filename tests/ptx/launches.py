@@ -22,7 +22,7 @@ from tests.ptx.parse import PTXError, parse
 from tests.ptx.tensor_map import expanded
 
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
-_PROXY_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # older ones leave some out
+_STRICT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # see Machine
 _machines: dict[str, tuple[Machine, Any]] = {}
 
 
@@ -82,5 +82,5 @@ def machine_of(launch: Launch) -> tuple[Machine, Any]:
         threads = module.kernels[name].threads
         if threads is None:
             raise PTXError(f"{name} does not say how many threads a block has")
-        _machines[key] = Machine(module, name, threads, metadata.shared, fences=_PROXY_FENCES or launch.gluon), metadata
+        _machines[key] = Machine(module, name, threads, metadata.shared, strict=_STRICT or launch.gluon), metadata
     return _machines[key]

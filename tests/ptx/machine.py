@@ -482,12 +482,13 @@ class Machine:
     """A kernel, decoded. `threads` are those of a block, `shared` its bytes of shared memory, static ones included.
 
     `schedule` is "in order" (lowest place in the program first) or "random" (warps in an order drawn with `seed`);
-    `completion` "early" or "late": when asynchronous operations are done. `fences=False` lets the async proxy read what
-    ordinary instructions wrote without a fence.proxy.async, which Triton 3.6 leaves out after copies.
+    `completion` "early" or "late": when asynchronous operations are done. `strict=False` is for plain kernels of Triton
+    3.6, which break two rules of PTX: it lets the async proxy read what ordinary instructions wrote without a
+    fence.proxy.async, and registers of A be written while a wgmma that takes them is in flight.
     """
 
     def __init__(self, module: Module, name: str, threads: int, shared: int, schedule: str = "in order",
-                 completion: str = "early", seed: int = 0, fences: bool = True) -> None:  # fmt: skip
+                 completion: str = "early", seed: int = 0, strict: bool = True) -> None:  # fmt: skip
         self.module, self.kernel, self.size, self.shared = module, module.kernels[name], threads, shared
         if self.kernel.threads not in (None, threads) and threads % WARP:
             raise PTXError(f"{name} is for {self.kernel.threads} threads and is run with {threads}")
@@ -495,7 +496,7 @@ class Machine:
             if find_spec(f"tests.ptx.{family}"):
                 import_module(f"tests.ptx.{family}")
         self.set_schedule(schedule, completion, seed)
-        self.grid, self.fences = (1, 1, 1), fences
+        self.grid, self.strict = (1, 1, 1), strict
         self._symbols = self._place()
         self.program = [self._decode(each) for each in self.kernel.instructions]
         self._segments: dict[int, tuple[list[Run], Instruction | None, int]] = {}

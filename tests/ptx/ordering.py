@@ -20,7 +20,7 @@ from tests.ptx.machine import BLOCK_HOOKS, Block, Threads
 from tests.ptx.parse import PTXError
 
 _MANY = 256  # warps, and mbarriers that copies complete on
-_NEVER = 2**40  # the time of an access that nobody has waited for yet
+_NEVER = 2**40  # the time of a copy that nobody has waited for yet
 
 
 class ProtocolError(PTXError):
@@ -34,7 +34,7 @@ def ordering_of(block: Block) -> Ordering:
 
 
 def _begin(block: Block) -> None:
-    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=block.machine.fences)
+    ordering = block.state["ordering"] = Ordering(-(-block.size // 32), len(block.shared), fences=block.machine.strict)
 
     def wrote(threads: Threads, places: np.ndarray, size: int) -> None:
         ordering.wrote(threads.index // 32, places.astype(np.int64), size)
@@ -53,7 +53,7 @@ BLOCK_HOOKS.append(_begin)
 class Ordering:
     """The clocks of one block of `warps` warps and the shadow of its `shared_bytes` of shared memory.
 
-    `fences=False` takes every write for fenced: what Triton 3.6 compiles leaves out some fences of copies.
+    `fences=False` takes every write for fenced: see `Machine`.
     """
 
     def __init__(self, warps: int, shared_bytes: int, *, fences: bool = True) -> None:
@@ -65,6 +65,7 @@ class Ordering:
         self.writers = np.zeros(words, np.int64)
         self.times = np.zeros(words, np.int64)
         self.reads = np.zeros((warps, words), np.int64)
+        self.flying = np.zeros((warps, words), np.int32)  # reads of the async proxy that nobody has waited for
         self._actors: dict[int, int] = {}
         self._copies = np.zeros(_MANY, np.int64)
 
@@ -118,7 +119,7 @@ class Ordering:
         self._check_order(np.array(warp), words, "has a bulk copy write")
         self._check_reads(np.array([warp]), words[None])
         if self.fences:
-            self._check_fenced(warp, words, "writes")
+            self._check_fenced(np.array(warp), words, "writes")
         actor = self._actors.setdefault(barrier, self.warps + len(self._actors))
         self._copies[actor] += 1
         self.writers[words] = actor
@@ -136,17 +137,17 @@ class Ordering:
         Raises ProtocolError where the last write is not ordered before, or not fenced.
         """
         words = (pieces.reshape(-1, 1) * 4 + np.arange(4)).reshape(-1)
-        listed = np.fromiter(warps, np.int64)
-        for warp in listed:
-            self._check_order(np.array(warp), words, "has the async proxy read")
-            if self.fences:
-                self._check_fenced(int(warp), words, "reads")
-        self.reads[listed[:, None], words] = _NEVER
+        listed = np.fromiter(warps, np.int64)[:, None]
+        self._check_order(listed, words[None], "has the async proxy read")
+        if self.fences:
+            self._check_fenced(listed, words[None], "reads")
+        self.flying[listed, words] += 1
 
     def ends_async_read(self, warps: Iterable[int], pieces: np.ndarray) -> None:
         words = (pieces.reshape(-1, 1) * 4 + np.arange(4)).reshape(-1)
-        listed = np.fromiter(warps, np.int64)
-        self.reads[listed[:, None], words] = self.now(listed)[:, None]
+        listed = np.fromiter(warps, np.int64)[:, None]
+        self.flying[listed, words] -= 1
+        self.reads[listed, words] = self.now(listed)
 
     def _check_order(self, warps: np.ndarray, words: np.ndarray, verb: str, since: int = 0) -> None:
         """Against the last writes of those that are numbered `since` and up."""
@@ -154,18 +155,18 @@ class Ordering:
         wrong = (times > self.seen[warps, writers]) & ((writers >= since) | (times == _NEVER))
         if wrong.any():
             place = tuple(np.argwhere(wrong)[0])
-            warp = np.broadcast_to(warps, words.shape)[place]
+            warp, word, writer = (np.broadcast_to(each, wrong.shape)[place] for each in (warps, words, writers))
             raise ProtocolError(
-                f"warp {warp} {verb} shared memory at {words[place] * 4}, which "
-                f"{self._name(writers[place])} wrote, and has not waited for that"
+                f"warp {warp} {verb} shared memory at {word * 4}, which {self._name(writer)} wrote, and has not waited "
+                f"for that"
             )
 
     def _check_reads(self, warps: np.ndarray, words: np.ndarray) -> None:
         for warp in np.unique(warps):
             mine = words[warps == warp].reshape(-1)
             limits = self.seen[warp, : self.warps].copy()
-            limits[warp] = _NEVER - 1  # its own reads are done, but for those of the async proxy
-            wrong = self.reads[:, mine] > limits[:, None]
+            limits[warp] = _NEVER  # its own reads are done, but for those of the async proxy
+            wrong = (self.reads[:, mine] > limits[:, None]) | (self.flying[:, mine] > 0)
             if wrong.any():
                 other, place = np.argwhere(wrong)[0]
                 raise ProtocolError(
@@ -173,14 +174,15 @@ class Ordering:
                     f"which reads there"
                 )
 
-    def _check_fenced(self, warp: int, words: np.ndarray, verb: str) -> None:
+    def _check_fenced(self, warps: np.ndarray, words: np.ndarray, verb: str) -> None:
         writers, times = self.writers[words], self.times[words]
-        wrong = (writers < self.warps) & (times > self.fenced[warp, writers])
+        wrong = (times > self.fenced[warps, writers]) & (writers < self.warps)
         if wrong.any():
-            first = np.argmax(wrong)
+            place = tuple(np.argwhere(wrong)[0])
+            warp, word, writer = (np.broadcast_to(each, wrong.shape)[place] for each in (warps, words, writers))
             raise ProtocolError(
-                f"the async proxy {verb} shared memory at {words[first] * 4} for warp {warp}, which "
-                f"{self._name(writers[first])} wrote, without a fence.proxy.async in between"
+                f"the async proxy {verb} shared memory at {word * 4} for warp {warp}, which {self._name(writer)} wrote "
+                f"without a fence.proxy.async in between"
             )
 
     def _name(self, actor: int) -> str:

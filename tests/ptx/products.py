@@ -37,28 +37,29 @@ class Warpgroup:
 
     groups: list[list[Product]] = field(default_factory=list)
     open: list[Product] = field(default_factory=list)
-    writers: dict[Register, Product] = field(default_factory=dict)
+    writers: dict[int, Product] = field(default_factory=dict)
 
     def before(self, registers: tuple[Register, ...]) -> Product | None:
         """The product in flight that these sums continue. Raises ProtocolError where one writes to some of the
         registers, or to all of them in another order: only a product of the same shape may follow without a wait."""
-        found = {id(self.writers.get(register)): self.writers.get(register) for register in registers}
-        product = next(iter(found.values()))
-        if len(found) == 1 and (product is None or product.registers == registers):
+        product = self.writers.get(registers[0].index)
+        if product is not None and product.registers == registers:
             return product
-        raise ProtocolError("a product in flight writes to some of this one's registers of sums")
+        if any(register.index in self.writers for register in registers):
+            raise ProtocolError("a product in flight writes to some of this one's registers of sums")
+        return None
 
     def check_idle(self, registers: tuple[Register, ...]) -> None:
         """Raises ProtocolError where a product in flight writes to one of the registers."""
         for register in registers:
-            if register in self.writers:
+            if register.index in self.writers:
                 raise ProtocolError(
-                    f"{register.name} is read while the wgmma of line {self.writers[register].line} writes it"
+                    f"{register.name} is read while the wgmma of line {self.writers[register.index].line} writes it"
                 )
 
     def issue(self, product: Product) -> None:
         self.open.append(product)
-        self.writers.update(dict.fromkeys(product.registers, product))
+        self.writers.update((register.index, product) for register in product.registers)
 
     def commit(self) -> None:
         self.groups.append(self.open)
@@ -73,8 +74,8 @@ class Warpgroup:
         last = []
         for product in done:
             product.run()
-            if self.writers.get(product.registers[0]) is product:
+            if self.writers.get(product.registers[0].index) is product:
                 last.append(product)
                 for register in product.registers:
-                    del self.writers[register]
+                    del self.writers[register.index]
         return done, last

@@ -191,14 +191,15 @@ class _AsyncProduct:
         return int(values[0])
 
     def _operands(
-        self, block: Block, warpgroup: int, matrices: list[MatrixDescriptor]
+        self, block: Block, warpgroup: int, matrices: list[MatrixDescriptor], given: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
+        """A and B as they are now, but for registers of A that are `given`."""
         found = [
             gathered(block.shared, matrix, extent, major, self.kind)
             for matrix, (_, extent, major) in zip(matrices, self.matrices, strict=True)
         ]
         if self.in_registers:
-            registers = block.files["b32"][_registers(block, warpgroup, self.left[1])]
+            registers = block.files["b32"][_registers(block, warpgroup, self.left[1])] if given is None else given
             found.insert(0, left_operand(registers, self.kind))
         left, right = (matrix * sign if sign != 1 else matrix for matrix, sign in zip(found, self.signs, strict=True))
         return left, right
@@ -228,9 +229,11 @@ class _AsyncProduct:
         else:
             sums = np.empty((64, self.columns), np.float32)
             sums.reshape(-1)[sum_places(64, self.columns)] = block.files["b32"][place].view(np.float32)
-        product = Product(
-            self.sums[0], sums, partial(self._operands, block, warpgroup, matrices), pieces, self.instruction.line
-        )
+        given = None
+        if self.in_registers and not block.machine.strict:
+            given = block.files["b32"][_registers(block, warpgroup, self.left[1])]
+        operands = partial(self._operands, block, warpgroup, matrices, given)
+        product = Product(self.sums[0], sums, operands, pieces, self.instruction.line)
         flying.issue(product)
         if not block.late:
             product.run()

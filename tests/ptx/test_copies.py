@@ -189,7 +189,7 @@ def test_a_bulk_store_wants_a_fence_before_and_a_wait_after(
 
 def test_fences_can_be_left_out_where_the_compiler_does() -> None:
     source, result = torch.randn(64, 4), torch.zeros(64, 4)
-    _run(_stores(fence=""), source, result, fences=False)
+    _run(_stores(fence=""), source, result, strict=False)
     assert torch.equal(result, source)
 
 

@@ -14,7 +14,7 @@ from engine.kernels.hopper.gluon import tensor_map
 from engine.kernels.triton import attention_backward as plain
 from engine.kernels.triton.attention_backward_work import Tiles
 from engine.kernels.triton.attention_plan import DevicePlan
-from engine.kernels.triton.launch import aligned, launch
+from engine.kernels.triton.launch import aligned, gpu_of, launch
 from engine.kernels.weight import Weight
 
 if TYPE_CHECKING:
@@ -72,18 +72,19 @@ def _walks(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Ten
     pitch = triton.cdiv(len(q) * padded, 16) * 16  # of the rows of `statistics`, which copies want to start at 16 bytes
     statistics = empty((4 * kv_heads, pitch), torch.float32, q.device)
     num_rows = plan.num_tokens * kv_heads * padded
-    shape = {"HEADS": heads, "GROUP": group, "PADDED": padded, "DIM": dim}
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "PADDED": padded, "DIM": dim}
     launch(
         row_statistics, (triton.cdiv(num_rows, _STATISTICS_ROWS),), d_out, out, lse, plan.last_keys, statistics,
         num_rows, pitch, ROWS=_STATISTICS_ROWS, **shape,
     )  # fmt: skip
     queries, d_outs = (tensor_map(x.view(-1, heads, dim), [64 // padded, padded, dim]) for x in (q, d_out))
+    num_items = len(query_work) * kv_heads
     scalars = spec.scale * plain.LOG2E, spec.scale
     shape |= {"WINDOW": spec.window or 0, "STAGES": _STAGES, "num_warps": 4}
     keys, values = (tensor_map(x.view(-1, kv_heads * dim), [tiles.query_keys, dim]) for x in (k, v))
     launch(
-        grad_queries, (len(query_work), kv_heads), queries, d_outs, keys, values, statistics, plan.last_keys, turned_q,
-        query_work, pitch, *scalars, KEYS=tiles.query_keys, **shape,
+        grad_queries, (min(num_items, gpu_of(q.device)[0]),), queries, d_outs, keys, values, statistics,
+        plan.last_keys, turned_q, query_work, num_items, pitch, *scalars, KEYS=tiles.query_keys, **shape,
     )  # fmt: skip
     keys, values = (tensor_map(x.view(-1, kv_heads * dim), [64, dim]) for x in (k, v))
     launch(

@@ -1,17 +1,17 @@
-"""The walk of attention over the keys, on Hopper: three parties of one block, each at its own pace.
+"""The walk of attention over the keys, on Hopper: parties of one block, each at its own pace.
 
-    the producer, one warp      copies tiles of keys and values (TMA) into a ring in shared memory
-    two consumers, four warps   multiply 64 rows each of the item's 128 with every tile (wgmma), and do the softmax
-
-What a row's bits are is said in `engine.kernels.triton.attention`, and is the same here operation by operation; so a
-consumer's rows have the bits of that kernel's tile of 64 rows and 4 warps, which serves decode. Not so its schedule:
+    the producer, one warp        copies tiles of keys and values (TMA) into a ring in shared memory
+    a consumer, or two, of four   multiply 64 rows each of an item with every tile (wgmma), and do the softmax: two for
+                                  items of 128 rows, one for those of few rows (decode), with the same code
+What a row's bits are is said in `engine.kernels.triton.attention`, and is the same here operation by operation. Not so
+the schedule:
 
     tile t         S(t+1) = Q K(t+1)^T is issued, then O = O a + P(t) V(t); these wait for nothing
                    when S(t+1) is there: mask, maximum, P(t+1), a, l, while the tensor cores are busy with P(t) V(t)
     every split    O goes to `before`, shared memory: two sums of 128 columns and the scores do not fit in registers
 
 A tile in the ring is two halves of 64 columns or one, since a copy writes rows of 128 bytes. `ready` is passed when a
-tile's bytes are there, `free` when both consumers have multiplied with it; the producer runs on into the next item
+tile's bytes are there, `free` when all consumers have multiplied with it; the producer runs on into the next item
 while the consumers finish this one.
 
 # T tokens, K key/value heads, Dh head width
@@ -33,6 +33,7 @@ _ROWS = gl.constexpr(64)  # of a consumer
 _HALF = gl.constexpr(64)  # columns of a copy
 _CONSUMER_REGISTERS = gl.constexpr(232)
 _PRODUCER_REGISTERS = gl.constexpr(40)
+_LONE_PRODUCER_REGISTERS = gl.constexpr(128)  # beside one consumer there are more than enough
 
 
 @gluon.constexpr_function
@@ -43,56 +44,72 @@ def _in_eights(number):
     return gl.DistributedLinearLayout([[0, 1], *eights], [*lanes, *[nothing] * 3], [nothing] * 2, [], [number // 8, 8])
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "window"])
 def walk(
     q, q_map, k_map, v_map, out, lse, sums, softmaxes, items, counts, tables, last_keys, num_tokens, factor, window,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PADDED: gl.constexpr, PAGE: gl.constexpr,
     BOX: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WINDOWED: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """`q_map` is None where queries are loaded by the consumers: where no whole number of tokens has 64 rows."""
+    """Items of two consumers are those of `walk` in the work lists, counted by the first of `counts`; items of one are
+    those of `decode`, none of which has keys of two splits. `q_map` is None where the consumers load queries, from `q`:
+    where no whole number of tokens has 64 rows."""
     dtype: gl.constexpr = k_map.dtype
     rows_of_128_bytes: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     word: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = gl.allocate_shared_memory(dtype, [2, _ROWS, PADDED], rows_of_128_bytes)
+    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, _ROWS, PADDED], rows_of_128_bytes)
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, PADDED], rows_of_128_bytes)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, PADDED], rows_of_128_bytes)
-    before = gl.allocate_shared_memory(gl.float32, [2, _ROWS, PADDED], gl.NVMMASharedLayout(128, 32, rank=2))
+    before = queries  # one consumer has no use for it
+    if CONSUMERS == 2:
+        before = gl.allocate_shared_memory(gl.float32, [2, _ROWS, PADDED], gl.NVMMASharedLayout(128, 32, rank=2))
     ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], word)  # of keys, then of values
     free = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], word)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], word)  # of each consumer
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], word)
+    q_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], word)  # of each consumer
+    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], word)
     cleaned = gl.allocate_shared_memory(gl.int64, [1, 1], word)
     for i in gl.static_range(2 * STAGES):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
-    for i in gl.static_range(2):
+        mbarrier.init(free.index(i), count=CONSUMERS)
+    for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
-    mbarrier.init(cleaned.index(0), count=2)
+    mbarrier.init(cleaned.index(0), count=CONSUMERS)
     hopper.fence_async_shared()
     barrier()
     memory = (queries, keys, values, before, ready, free, q_ready, q_free, cleaned)
     batch = (items, counts, tables, last_keys, num_tokens, factor, window)
     results = (out, lse, sums, softmaxes)
-    load_queries: gl.constexpr = q_map is None
-    gl.warp_specialize(
-        [
-            (_consume, (memory, batch, q, results, 0, load_queries, GROUP, KV_HEADS, DIM, PADDED, BLOCK_N, SPLIT,
-                        WINDOWED, STAGES)),
-            (_consume, (memory, batch, q, results, 1, load_queries, GROUP, KV_HEADS, DIM, PADDED, BLOCK_N, SPLIT,
-                        WINDOWED, STAGES)),
-            (_produce, (memory, batch, q_map, k_map, v_map, GROUP, KV_HEADS, PADDED, PAGE, BOX, BLOCK_N, STAGES)),
-        ],
-        [4, 1],
-        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
-    )  # fmt: skip
+    own_queries: gl.constexpr = q_map is None
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (memory, batch, q, results, 0, own_queries, GROUP, KV_HEADS, DIM, PADDED, BLOCK_N, SPLIT,
+                            WINDOWED, STAGES, 2)),
+                (_consume, (memory, batch, q, results, 1, own_queries, GROUP, KV_HEADS, DIM, PADDED, BLOCK_N, SPLIT,
+                            WINDOWED, STAGES, 2)),
+                (_produce, (memory, batch, q_map, k_map, v_map, GROUP, KV_HEADS, PADDED, PAGE, BOX, BLOCK_N, STAGES,
+                            2)),
+            ],
+            [4, 1], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (memory, batch, q, results, 0, own_queries, GROUP, KV_HEADS, DIM, PADDED, BLOCK_N, SPLIT,
+                            WINDOWED, STAGES, 1)),
+                (_produce, (memory, batch, q_map, k_map, v_map, GROUP, KV_HEADS, PADDED, PAGE, BOX, BLOCK_N, STAGES,
+                            1)),
+            ],
+            [1], [_LONE_PRODUCER_REGISTERS],
+        )  # fmt: skip
 
 
 @gluon.jit
 def _produce(
     memory, batch, q_map, k_map, v_map,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PADDED: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Copies of BOX rows and 64 columns: a page, or the part of one that a tile has, or a whole tile without pages."""
     queries, keys, values, _, ready, free, q_ready, q_free, _ = memory
@@ -104,15 +121,15 @@ def _produce(
     v_boxes = reshaped(values, [STAGES * halves * boxes, BOX, 1, _HALF], rows_of_128_bytes)
     tile_of_batch = 0
     turn = 0
-    for work in range(gl.program_id(0), gl.load(counts) * KV_HEADS, gl.num_programs(0)):
+    for work in range(gl.program_id(0), gl.load(counts + 2 - CONSUMERS) * KV_HEADS, gl.num_programs(0)):
         item = items + work // KV_HEADS * _ITEM
         head = work % KV_HEADS
         first_row, table = gl.load(item), gl.load(item + 2)
         key_begin, key_end = gl.load(item + 3), gl.load(item + 4)
         if q_map is not None:
             tokens: gl.constexpr = _ROWS // GROUP
-            q_boxes = reshaped(queries, [2 * halves, tokens, GROUP, _HALF], rows_of_128_bytes)
-            for which in gl.static_range(2):
+            q_boxes = reshaped(queries, [CONSUMERS * halves, tokens, GROUP, _HALF], rows_of_128_bytes)
+            for which in gl.static_range(CONSUMERS):
                 mbarrier.wait(q_free.index(which), turn & 1 ^ 1)
                 mbarrier.expect(q_ready.index(which), _ROWS * PADDED * 2)
                 for half in gl.static_range(halves):
@@ -160,7 +177,7 @@ def _copy(
 def _consume(
     memory, batch, q, results, which: gl.constexpr, LOAD_QUERIES: gl.constexpr,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PADDED: gl.constexpr, BLOCK_N: gl.constexpr,
-    SPLIT: gl.constexpr, WINDOWED: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT: gl.constexpr, WINDOWED: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     queries, keys, values, before, ready, free, q_ready, q_free, cleaned = memory
     items, counts, _, last_keys, num_tokens, factor, window = batch
@@ -170,13 +187,15 @@ def _consume(
     of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED, 16])
     of_weights: gl.constexpr = gl.DotOperandLayout(0, of_sums, 2)
     rows: gl.constexpr = gl.SliceLayout(1, of_scores)
-    query_tile, run_tile = queries.index(which), before.index(which)
+    query_tile = queries.index(which)
+    if CONSUMERS == 2:
+        run_tile = before.index(which)
     place = gl.arange(0, _ROWS, rows)
     no_scores = gl.full([_ROWS, BLOCK_N], 0.0, gl.float32, of_scores)
     count = 0  # tiles of the items before
     turn = 0
     cleanings = 0
-    for work in range(gl.program_id(0), gl.load(counts) * KV_HEADS, gl.num_programs(0)):
+    for work in range(gl.program_id(0), gl.load(counts + 2 - CONSUMERS) * KV_HEADS, gl.num_programs(0)):
         item = items + work // KV_HEADS * _ITEM
         head = work % KV_HEADS
         key_begin, key_end, seen_begin, seen_end = (
@@ -218,8 +237,9 @@ def _consume(
                 s = _masked(s, tile, last, window, WINDOWED)
             split_max, split_sum = part_max, part_sum
             begins = tile % SPLIT == 0
-            part_max = gl.where(begins, NO_SCORE, part_max)
-            part_sum = gl.where(begins, 0.0, part_sum)
+            if CONSUMERS == 2:
+                part_max = gl.where(begins, NO_SCORE, part_max)
+                part_sum = gl.where(begins, 0.0, part_sum)
             next_p, a, part_max, part_sum = _softmax(s, part_max, part_sum, factor)
             next_p = gl.convert_layout(next_p.to(dtype), of_weights)
             # The next tile's keys are waited for here so that a branch parts the softmax from the wait for the product:
@@ -227,16 +247,17 @@ def _consume(
             mbarrier.wait(ready.index((count + 2) % STAGES), (count + 2) // STAGES & 1, pred=tile + BLOCK_N < key_end)
             part_acc, p, next_p = hopper.warpgroup_mma_wait(0, (part_acc, p, next_p))
             mbarrier.arrive(free.index(STAGES + stage))
-            if begins:
-                if folded:
-                    run_max, run_sum, part_acc = _fold(
-                        run_max, run_sum, run_tile.load(of_sums), split_max, split_sum, part_acc
-                    )
-                else:
-                    run_max, run_sum = split_max, split_sum
-                folded = True
-                run_tile.store(part_acc)
-                part_acc = gl.full([_ROWS, PADDED], 0.0, gl.float32, of_sums)
+            if CONSUMERS == 2:  # noqa: SIM102 - one is of the compiler, one of the batch
+                if begins:
+                    if folded:
+                        run_max, run_sum, part_acc = _fold(
+                            run_max, run_sum, run_tile.load(of_sums), split_max, split_sum, part_acc
+                        )
+                    else:
+                        run_max, run_sum = split_max, split_sum
+                    folded = True
+                    run_tile.store(part_acc)
+                    part_acc = gl.full([_ROWS, PADDED], 0.0, gl.float32, of_sums)
             p = next_p
             count += 1
             stage = next_stage
@@ -246,7 +267,7 @@ def _consume(
         part_acc = part_acc * gl.convert_layout(a, gl.SliceLayout(1, of_sums))[:, None]
         mbarrier.wait(ready.index(STAGES + stage), phase)
         if key_end % BLOCK_N != 0:
-            _clean(values, stage, key_end % BLOCK_N, which)
+            _clean(values, stage, key_end % BLOCK_N, which, CONSUMERS)
             mbarrier.arrive(cleaned.index(0))
             mbarrier.wait(cleaned.index(0), cleanings & 1)
             cleanings += 1
@@ -267,10 +288,11 @@ def _consume(
             gl.store(softmaxes + slot * 2, part_max, mask=here)
             gl.store(softmaxes + slot * 2 + 1, part_sum, mask=here)
         else:
-            if folded:
-                part_max, part_sum, part_acc = _fold(
-                    run_max, run_sum, run_tile.load(of_sums), part_max, part_sum, part_acc
-                )
+            if CONSUMERS == 2:  # noqa: SIM102
+                if folded:
+                    part_max, part_sum, part_acc = _fold(
+                        run_max, run_sum, run_tile.load(of_sums), part_max, part_sum, part_acc
+                    )
             divisor = gl.where(part_sum > 0, part_sum, 1.0)
             inverse = gl.div_rn(gl.full([_ROWS], 1.0, gl.float32, rows), divisor)
             result = part_acc * gl.convert_layout(inverse, gl.SliceLayout(1, of_sums))[:, None] + 0.0
@@ -311,16 +333,16 @@ def _load_queries(
 
 
 @gluon.jit
-def _clean(values, stage, number, which: gl.constexpr):
+def _clean(values, stage, number, which: gl.constexpr, CONSUMERS: gl.constexpr):
     """Zeros for the rows of a tile of values from row `number` on, which belong to nobody here and may hold anything,
-    NaN too; each consumer writes every other block of 16 rows and 64 columns."""
+    NaN too; of two consumers each writes every other block of 16 rows and 64 columns."""
     blocks: gl.constexpr = values.shape[1] // 16 * (values.shape[2] // _HALF)
     tall: gl.constexpr = values.shape[1] // 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows_of_128_bytes: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     every = reshaped(values, [values.shape[0] * blocks, 16, _HALF], rows_of_128_bytes)
     place = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
-    for i in range(which, blocks, 2):
+    for i in range(which, blocks, CONSUMERS):
         first = i % tall * 16
         if first + 16 > number:
             block = every.index(stage * blocks + i)
@@ -347,9 +369,10 @@ def _columns(s):
 def _masked(s, tile, last, window, WINDOWED: gl.constexpr):
     """-inf where the row does not see the key."""
     column = _columns(s)
-    seen = column[None, :] <= (last - tile)[:, None]
-    if WINDOWED:
-        seen &= column[None, :] > (last - tile - window)[:, None]
+    if WINDOWED:  # from 0 to window - 1 keys back; keys to come are more than 2**31 back, unsigned
+        seen = ((last - tile)[:, None] - column[None, :]).to(gl.uint32) < window.to(gl.uint32)
+    else:
+        seen = column[None, :] <= (last - tile)[:, None]
     return gl.where(seen, s, float("-inf"))
 
 

@@ -54,11 +54,13 @@ __all__ = ["attend", "backward", "forward", "tiles_of"]
 
 # (q, keys, values, out, partial sums, partial softmaxes, spec, plan, lists, tiles)
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles], None]
-# (q, keys, values, out, lse, partial sums, partial softmaxes, spec, plan, lists, tiles, paged)
+# (q, keys, values, out, lse, partial sums, partial softmaxes, spec, plan, lists, tiles, paged, place): the tiles of
+# block_m rows, `lists.walk`, where `place` is 0, and those of decode_m rows, `lists.decode`, where it is 1
 Walk = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles, bool],
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, AttentionSpec, DevicePlan, WorkLists, Tiles, bool,
+     int],
     None,
-]
+]  # fmt: skip
 NO_SCORE = tl.constexpr(-1e30)  # the running maximum before the first key
 _ITEM = tl.constexpr(ITEM)
 _TURN = tl.constexpr(TURN)
@@ -141,7 +143,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
            walk: Walk | None = None) -> None:  # fmt: skip
     """Fills `out` and `lse` from rotated queries [T, H, Dh] and keys and values, in pages or as [T_kv, K, Dh].
 
-    `walk` does the tiles of `block_m` rows, `lists.walk`, and `decode` what is left after them: `lists.decode`, then
+    `walk` does what `_attend` does, and `decode` what is left after the tiles of `block_m` rows: `lists.decode`, then
     the fold.
     """
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -161,10 +163,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spe
         if place == 1 and decode is not None:
             decode(q, k, v, out, sums, softmaxes, spec, plan, lists, tiles)
             return
-        if place == 0 and walk is not None:
-            if number or plan.fixed:
-                walk(q, k, v, out, lse, sums, softmaxes, spec, plan, lists, tiles, paged)
-        elif number or plan.fixed:
+        if not (number or plan.fixed):
+            continue
+        if walk is not None:
+            walk(q, k, v, out, lse, sums, softmaxes, spec, plan, lists, tiles, paged, place)
+        else:
             launch(
                 _attend, (programs if plan.fixed else min(programs, number * K),), q, k, v, out, lse, sums, softmaxes,
                 items, lists.counts, plan.tables, plan.last_keys, q.shape[0], spec.scale * math.log2(math.e),

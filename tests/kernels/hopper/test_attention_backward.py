@@ -17,7 +17,7 @@ from tests.kernels.triton.test_attention_backward import exact_gradients, exampl
 from tests.ptx.launches import simulated
 from tests.row_invariance import assert_same_bits
 
-WIDE, BF16 = AttentionSpec(2, 1, 128), torch.bfloat16
+WIDE, BF16 = AttentionSpec(4, 2, 128), torch.bfloat16
 NARROW, FP16 = AttentionSpec(6, 2, 64, window=50), torch.float16  # of a token's four rows, one is no head's
 NAMES = ("d_q", "d_kv", "d_q_norm", "d_k_norm")
 
@@ -57,7 +57,7 @@ def in_order() -> list[Tensor]:
 
 
 def long_walks(schedule: str, completion: str, seed: int) -> list[Tensor]:
-    """Rings of 4 stages go round: 270 tokens are 5 tiles of keys and 9 of rows to walk."""
+    """Rings of 4 stages go round more than once, and programs take up to three tiles of rows each."""
     qkv, d_out = example(WIDE, BF16, 270)
     norms = norms_of(WIDE, BF16)
     return hopper(qkv, d_out, WIDE, [270], norms, schedule=schedule, completion=completion, seed=seed)[0]

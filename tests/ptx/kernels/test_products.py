@@ -18,7 +18,7 @@ from tests.ptx.machine import Machine
 from tests.ptx.parse import Module, parse
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn}
-_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # older ones leave some out
+_STRICT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # see Machine
 _MODES = [("in order", "early", 0), ("in order", "late", 0), ("random", "early", 1), ("random", "late", 2)]
 _DEPTH = 128
 
@@ -84,7 +84,7 @@ def test_a_compiled_product_is_right_whatever_the_order(
     results = []
     for schedule, completion, seed in _MODES:
         c = torch.full((rows, columns), float("nan"))
-        machine = Machine(module, "_product", 32 * warps, metadata.shared, schedule, completion, seed, fences=_FENCES)
+        machine = Machine(module, "_product", 32 * warps, metadata.shared, schedule, completion, seed, strict=_STRICT)
         machine.run((1,), [*given, c, _DEPTH, *[None] * (len(machine.kernel.parameters) - 4)])
         torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
         results.append(c)
