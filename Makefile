@@ -73,7 +73,7 @@ gpu:
 		print("gpu:", torch.cuda.get_device_name(), "torch", torch.__version__, "Triton", triton.__version__, sys.version.split()[0])'
 
 test-gpu: gpu
-	@$(PYTHON) -m tests.on_gpu tests/test_exactness.py tests/kernels/triton tests/kernels/cuda
+	@$(PYTHON) -m tests.on_gpu tests/test_exactness.py tests/kernels/triton tests/kernels/cuda tests/kernels/hopper
 	@if $(PYTHON) -c 'import hypothesis, torch, sys; sys.exit(torch.cuda.device_count() < 4)' 2>/dev/null; \
 		then $(PYTHON) -m pytest tests/parallel; \
 		else echo "test-gpu: ranks on GPUs (NCCL) were not tested; that takes four GPUs, and hypothesis"; fi

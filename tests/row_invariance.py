@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
         )
 
 
-def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+PADDING = ((1, 0), (0, 1), (7, 30), (64, 3))  # rows before and after
+
+
+def assert_row_invariant(
+    op: Callable[[Tensor], Tensor], rows: Tensor, padding: Sequence[tuple[int, int]] = PADDING
+) -> None:
     """`op` maps [T, ...] to [T, ...]; row t of its output must have the same bits whatever shares the call with it.
 
     Shuffles, splits (into singles, and at odd points), repeats and pads the rows (with zeros, and with large values in
@@ -53,7 +58,7 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     assert_same_bits(twice[:num_rows], whole, "repeated rows, first copy")
     assert_same_bits(twice[num_rows:], whole, "repeated rows, second copy")
 
-    for before, after in ((1, 0), (0, 1), (7, 30), (64, 3)):
+    for before, after in padding:
         for fill in (0, 100):
             front = torch.full((before, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)
             back = torch.full((after, *rows.shape[1:]), fill, dtype=rows.dtype, device=rows.device)

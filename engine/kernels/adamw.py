@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from engine.kernels.checks import address, check, dtype_code
 from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES, wide_dtype
 from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
 from engine.kernels.weight import Weight
+
+
+class Settings(NamedTuple):
+    """What a step takes beside its tensors, in the order of the extension's arguments; `step` is 1 for the first."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_scale: float
+    step: int
 
 
 def adamw_(
@@ -43,8 +56,8 @@ def adamw_(
         raise InputError(f"step is {step}; the first step is 1")
     for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check(name, tensor, weight.shape, wide_dtype(weight.dtype), weight.data.device)
-    settings = (learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step)
-    ADAMW["step", weight.data](weight, master, exp_avg, exp_avg_sq, *settings)
+    settings = Settings(learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step)
+    ADAMW["step", weight.data](weight, master, exp_avg, exp_avg_sq, settings)
 
 
 def squared_norm(tensor: Tensor) -> float:
@@ -60,7 +73,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[float]:
     return torch.cat(sums).tolist() if sums else []
 
 
-def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: float) -> None:
+def _step_cpu(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: Settings) -> None:
     rows, width = weight.shape if len(weight.shape) == 2 else (1, weight.shape[0])
     tensors = (weight.grad_buffer(), master, exp_avg, exp_avg_sq, weight.data)
     code = dtype_code(weight.dtype)
@@ -71,25 +84,14 @@ def _squared_norm_cpu(tensor: Tensor) -> Tensor:
     return torch.tensor([extension().squared_norm(address(tensor), tensor.numel())], dtype=torch.float64)
 
 
-def _step_torch(
-    weight: Weight,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float,
-    step: int,
-) -> None:
+def _step_torch(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: Settings) -> None:
+    rate, beta1, beta2, eps, decay, grad_scale, step = settings
     grad = weight.grad_buffer() * grad_scale
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)
-    master.mul_(1 - learning_rate * weight_decay)
-    master.addcdiv_(exp_avg, root + eps, value=-learning_rate / (1 - beta1**step))
+    master.mul_(1 - rate * decay)
+    master.addcdiv_(exp_avg, root + eps, value=-rate / (1 - beta1**step))
     weight.load_(master)
 
 

@@ -16,7 +16,7 @@ from engine.errors import InputError
 from engine.kernels.checks import address, check
 from engine.kernels.dtypes import KERNEL_DTYPES, TRITON_DTYPES, wide_dtype
 from engine.kernels.op import Backend, Op, cpu_backend, extension, triton_backend
-from engine.kernels.token_logprob import logits_gradient_cpu
+from engine.kernels.token_logprob import Upstream, logits_gradient_cpu
 
 
 def shard_targets(tokens: Tensor, first_row: int, rows: int) -> Tensor:
@@ -82,8 +82,8 @@ def shard_logprob_backward(
     check("d_entropy", d_entropy, (rows,), logits.dtype, logits.device)
     if inv_temperature is not None:
         check("inv_temperature", inv_temperature, (rows,), torch.float32, logits.device)
-    backward = SHARD_LOGPROB["backward", logits]
-    return backward(logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, dtype)
+    given = Upstream(targets, inv_temperature, stats, entropy, d_logprobs, d_entropy)
+    return SHARD_LOGPROB["backward", logits](logits, given, dtype)
 
 
 def _check_columns(targets: Tensor, columns: int) -> None:
@@ -124,16 +124,8 @@ def _fold_torch(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return logprobs.to(dtype), (log_total - whole_moment / whole_total).to(dtype), stats.to(dtype)
 
 
-def _backward_torch(
-    logits: Tensor,
-    targets: Tensor,
-    inv_temperature: Tensor | None,
-    stats: Tensor,
-    entropy: Tensor,
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _backward_torch(logits: Tensor, given: Upstream, dtype: torch.dtype) -> Tensor:
+    targets, inv_temperature, stats, entropy, d_logprobs, d_entropy = given
     scale = torch.ones_like(entropy) if inv_temperature is None else inv_temperature
     logp = (logits * scale[:, None] - stats[:, :1] - stats[:, 1:]).clamp_min(-200.0)  # -inf * 0 must be 0
     d_logits = -logp.exp() * (d_logprobs[:, None] + d_entropy[:, None] * (logp + entropy[:, None]))

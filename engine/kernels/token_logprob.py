@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from engine.kernels.weight import Weight
 
 LOGITS_ELEMENTS = 16 << 20  # of a chunk, 64 MiB: fewer rows and the head's gradient is read and written too often
 GPU_LOGITS_ELEMENTS = 256 << 20  # 1 GiB: a GPU is bound by reading the head where a chunk has under some 1,000 rows
+
+
+class Upstream(NamedTuple):
+    """What the gradient of rows of logits is worked out from, [R] each: the targets, int32, of which -1 is in another
+    shard of the vocabulary; the forward's temperature, `stats` [R, 2] and entropy; the gradients of its results."""
+
+    targets: Tensor
+    inv_temperature: Tensor | None
+    stats: Tensor
+    entropy: Tensor
+    d_logprobs: Tensor
+    d_entropy: Tensor
 
 
 def token_logprob(
@@ -120,9 +132,8 @@ class _TokenLogprob(torch.autograd.Function):
         for part in row_chunks(hidden.shape[0], ctx.chunk):
             x, inverse = hidden[part], None if inv_temperature is None else inv_temperature[part]
             logits = linear(x, ctx.head, out_dtype=wide_dtype(x.dtype))  # [c, V]
-            d_logits = ctx.backend.functions["backward"](
-                logits, targets[part], inverse, stats[part], entropy[part], d_logprobs[part], d_entropy[part], x.dtype
-            )
+            given = Upstream(targets[part], inverse, stats[part], entropy[part], d_logprobs[part], d_entropy[part])
+            d_logits = ctx.backend.functions["backward"](logits, given, x.dtype)
             d_hidden[part] = linear_grad_input(d_logits, ctx.head)  # [c, V] -> [c, D]
             linear_grad_weight_(d_logits, x, ctx.head)
         return d_hidden, None, None, None, None
@@ -159,20 +170,11 @@ def _forward_cpu(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None
     return logprobs, entropy, stats
 
 
-def logits_gradient_cpu(
-    logits: Tensor,
-    targets: Tensor,
-    inv_temperature: Tensor | None,
-    stats: Tensor,
-    entropy: Tensor,
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Of a row's logits, or of a shard of them (a target of -1 is in another)."""
+def logits_gradient_cpu(logits: Tensor, given: Upstream, dtype: torch.dtype) -> Tensor:
+    """Of a row's logits, or of a shard of them."""
     d_logits = logits if dtype == logits.dtype else empty(tuple(logits.shape), dtype)
-    inputs = (logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy, d_logits)
-    extension().logits_logprob_backward(dtype_code(dtype), *(address(tensor) for tensor in inputs), *logits.shape)
+    inputs = [address(tensor) for tensor in (logits, *given, d_logits)]
+    extension().logits_logprob_backward(dtype_code(dtype), *inputs, *logits.shape)
     return d_logits
 
 
@@ -181,20 +183,11 @@ def _forward_torch(logits: Tensor, targets: Tensor, inv_temperature: Tensor | No
     return logprobs, entropy, logits.new_zeros(logits.shape[0], 2)
 
 
-def _backward_torch(
-    logits: Tensor,
-    targets: Tensor,
-    inv_temperature: Tensor | None,
-    stats: Tensor,
-    entropy: Tensor,
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _backward_torch(logits: Tensor, given: Upstream, dtype: torch.dtype) -> Tensor:
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
-        outputs = logits_logprob_reference(logits, targets[:, None], inv_temperature)
-        return torch.autograd.grad(outputs, logits, (d_logprobs[:, None], d_entropy))[0].to(dtype)
+        outputs = logits_logprob_reference(logits, given.targets[:, None], given.inv_temperature)
+        return torch.autograd.grad(outputs, logits, (given.d_logprobs[:, None], given.d_entropy))[0].to(dtype)
 
 
 TOKEN_LOGPROB = Op(

@@ -226,10 +226,17 @@ def test_template_that_is_no_jinja_is_a_config_error(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "messages", ["text", {"role": "user"}, ["text"], [{"content": "x"}], [{"role": "user", "content": 3}]]
+    ("messages", "complaint"),
+    [
+        ("text", "messages is a str; pass a list"),
+        ({"role": "user"}, "messages is a dict; pass a list"),
+        (["text"], "message 0 is 'text'; expected a mapping"),
+        ([{"content": "x"}], r"message 0 is \{'content': 'x'\}; expected a mapping"),
+        ([{"role": "user", "content": 3}], "message 0 has a content of type int"),
+    ],
 )
-def test_what_are_no_messages_is_refused(chatml, messages):
-    with pytest.raises(InputError):
+def test_what_are_no_messages_is_refused(chatml, messages, complaint):
+    with pytest.raises(InputError, match=complaint):
         chatml.render(messages)
 
 

@@ -140,7 +140,10 @@ def test_a_loss_of_ones_own_sees_tensors_of_that_device(reads):
 
 def test_recomputed_activations_stay_there(reads):
     with use_backend("triton"):
-        make(activation_checkpointing=True).forward_backward([sample()], "sft")
+        engine = make(activation_checkpointing=True)
+        stats = engine.forward_backward([sample()], "sft")
+    assert {weight.grad_buffer().device for weight in engine.model.weights()} == {ELSEWHERE}
+    assert all(logprobs.is_cpu for logprobs in stats.logprobs)
 
 
 @pytest.mark.parametrize("wait", [True, False])

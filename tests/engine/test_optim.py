@@ -175,9 +175,16 @@ def test_an_unknown_schedule_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"step": -1}, {"base": -1.0}, {"base": math.nan}, {"warmup": -1}, {"min_ratio": 1.5}, {"kind": "cosine"}],
+    ("arguments", "complaint"),
+    [
+        ({"step": -1}, "step -1, "),
+        ({"base": -1.0}, "base -1.0, "),
+        ({"base": math.nan}, "base nan, "),
+        ({"warmup": -1}, "warmup -1, "),
+        ({"min_ratio": 1.5}, "min_ratio 1.5: "),
+        ({"kind": "cosine"}, "a cosine schedule over 0 steps has no room"),
+    ],
 )
-def test_a_schedule_that_makes_no_sense_is_refused(arguments):
-    with pytest.raises(ConfigError):
+def test_a_schedule_that_makes_no_sense_is_refused(arguments, complaint):
+    with pytest.raises(ConfigError, match=complaint):
         learning_rate(**({"step": 0, "base": 1.0} | arguments))

@@ -50,9 +50,12 @@ def test_nothing_packs_into_nothing():
     assert pack([], 8).bins == []
 
 
-@pytest.mark.parametrize(("lengths", "capacity"), [([3, 0], 8), ([3], 0)])
-def test_no_tokens_or_no_capacity_is_refused(lengths, capacity):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "complaint"),
+    [([3, 0], 8, "sample 1 has no token"), ([3], 0, "capacity of a micro-batch is 0 tokens")],
+)
+def test_no_tokens_or_no_capacity_is_refused(lengths, capacity, complaint):
+    with pytest.raises(InputError, match=complaint):
         pack(lengths, capacity)
 
 

@@ -187,9 +187,11 @@ def test_space_after_a_silent_token_is_kept(byte_fallback):
     assert pieces_of(byte_fallback, ids) == ["the", "", " the", ""]
 
 
-@pytest.mark.parametrize("text", [b"bytes", None, "\ud800"])
-def test_what_is_not_text_is_refused(byte_level, text):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("text", "complaint"), [(b"bytes", "got bytes"), (None, "got NoneType"), ("\ud800", "half of a surrogate pair")]
+)
+def test_what_is_not_text_is_refused(byte_level, text, complaint):
+    with pytest.raises(InputError, match=complaint):
         byte_level.encode(text)
 
 

@@ -325,10 +325,16 @@ def test_no_samples_and_unknown_losses_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("sequences", "temperature"), [([[]], 1.0), ([[1, VOCAB_SIZE]], 1.0), ([[1] * 513], 1.0), ([[1, 2]], math.nan)]
+    ("sequences", "temperature", "complaint"),
+    [
+        ([[]], 1.0, "sequence 0 has no tokens"),
+        ([[1, VOCAB_SIZE]], 1.0, f"sequence 0 holds token id {VOCAB_SIZE}"),
+        ([[1] * 513], 1.0, "sequence 0 has 513 tokens; the model's context is 512"),
+        ([[1, 2]], math.nan, "temperature is nan"),
+    ],
 )
-def test_score_refuses_what_it_cannot_take(sequences, temperature):
-    with pytest.raises(InputError):
+def test_score_refuses_what_it_cannot_take(sequences, temperature, complaint):
+    with pytest.raises(InputError, match=complaint):
         make_trainer().score(sequences, temperature)
 
 

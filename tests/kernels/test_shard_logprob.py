@@ -8,7 +8,7 @@ import torch
 from engine.errors import InputError
 from engine.kernels.op import use_isa
 from engine.kernels.shard_logprob import fold_statistics, shard_logprob_backward, shard_statistics, shard_targets
-from engine.kernels.token_logprob import TOKEN_LOGPROB, logits_logprob
+from engine.kernels.token_logprob import TOKEN_LOGPROB, Upstream, logits_logprob
 from tests.kernels.cases import (
     ISAS,
     assert_near,
@@ -177,7 +177,8 @@ def test_the_gradient_of_one_shard_equals_the_unsharded_kernel_bitwise(isa):
     logits, g, h = hidden @ head.dense().T, randn(rows), randn(rows, seed=1)
     with use_isa(isa):
         _, entropy, stats = TOKEN_LOGPROB["forward", logits](logits, targets[:, None], None)
-        whole = TOKEN_LOGPROB["backward", logits](logits.clone(), targets, None, stats, entropy, g, h, torch.float32)
+        given = Upstream(targets, None, stats, entropy, g, h)
+        whole = TOKEN_LOGPROB["backward", logits](logits.clone(), given, torch.float32)
         _, entropy, stats = fold_statistics(statistics_of(logits, targets[:, None], None, 1))
         shard = shard_logprob_backward(logits.clone(), targets, None, stats, entropy, g, h, torch.float32)
     assert_same_bits(shard, whole, "gradient")

@@ -149,7 +149,7 @@ def test_mesh_that_does_not_fit_is_refused_on_every_rank(pool2: Pool) -> None:
 
 
 def test_agreement_on_the_same_call_is_silent(pool2: Pool) -> None:
-    pool2.run(agree_on, [2**64 - 1, 2**64 - 1])
+    assert pool2.run(agree_on, [2**64 - 1, 2**64 - 1]) == [None, None]
 
 
 def test_disagreement_names_call_and_ranks_on_every_rank(pool4: Pool) -> None:

@@ -95,7 +95,8 @@ def test_no_schedule_deadlocks_whatever_actions_cost(plan: Schedule, costs: Cost
 def test_interleaved_runs_for_every_number_of_micro_batches(num_stages: int) -> None:
     """Groups of the wrong size deadlock only at some numbers, so every one up to two full groups more is tried."""
     for num_micro_batches in [*range(1, 3 * num_stages + 1), 64]:
-        simulate(schedule("interleaved", num_stages, num_micro_batches, 2))
+        plan = schedule("interleaved", num_stages, num_micro_batches, 2)
+        assert [len(ends) for ends in simulate(plan).end] == [len(actions) for actions in plan.actions]
 
 
 def test_one_rank_alternates_forward_and_backward() -> None:

@@ -261,7 +261,7 @@ class Block:
     """One block while it runs; see the module. `place` is its (x, y, z) in the grid."""
 
     def __init__(self, machine: Machine, size: int) -> None:
-        self.machine, self.size, self.late = machine, size, machine.late
+        self.machine, self.size = machine, size
         self.files: dict[str, NDArray] = {}
         self.views: dict[str, NDArray] = {}
         for file, views in _VIEWS.items():
@@ -277,7 +277,7 @@ class Block:
 
     def begin(self, place: tuple[int, int, int], memory: Space) -> None:
         """Registers and shared memory hold 0xFF: what is read before it is written is NaN, or far away."""
-        self.memory = memory
+        self.memory, self.late = memory, self.machine.late
         for name, table in self.files.items():
             table.fill(True if name == "pred" else -1 & (256**table.itemsize - 1))
         self.shared.fill(0xFF)
@@ -489,21 +489,25 @@ class Machine:
 
     def __init__(self, module: Module, name: str, threads: int, shared: int, schedule: str = "in order",
                  completion: str = "early", seed: int = 0, strict: bool = True) -> None:  # fmt: skip
-        if schedule not in ("in order", "random") or completion not in ("early", "late"):
-            raise ValueError(f'schedule "{schedule}", completion "{completion}"')
         self.module, self.kernel, self.size, self.shared = module, module.kernels[name], threads, shared
         if self.kernel.threads not in (None, threads) and threads % WARP:
             raise PTXError(f"{name} is for {self.kernel.threads} threads and is run with {threads}")
         for family in _FAMILIES:
             if find_spec(f"tests.ptx.{family}"):
                 import_module(f"tests.ptx.{family}")
-        self.random, self.late, self.chance = schedule == "random", completion == "late", random.Random(seed)
+        self.set_schedule(schedule, completion, seed)
         self.grid, self.strict = (1, 1, 1), strict
         self._symbols = self._place()
         self.program = [self._decode(each) for each in self.kernel.instructions]
         self._segments: dict[int, tuple[list[Run], Instruction | None, int]] = {}
         self._starts = set(self.kernel.labels.values())
         self.block = Block(self, threads)
+
+    def set_schedule(self, schedule: str, completion: str, seed: int = 0) -> None:
+        """For the runs that follow; see the class."""
+        if schedule not in ("in order", "random") or completion not in ("early", "late"):
+            raise ValueError(f'schedule "{schedule}", completion "{completion}"')
+        self.random, self.late, self.chance = schedule == "random", completion == "late", random.Random(seed)
 
     def _place(self) -> dict[str, NDArray]:
         places = {}

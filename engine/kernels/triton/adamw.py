@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.adamw import Settings
 from engine.kernels.triton.launch import launch
 from engine.kernels.weight import Weight
 
@@ -17,29 +18,18 @@ _CHUNK = 16384  # elements whose squares one program sums
 _FOLD = 1024  # of the chunks' sums at a time
 
 
-def step(
-    weight: Weight,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float,
-    step: int,
-) -> None:
+def step(weight: Weight, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: Settings) -> None:
     """See `engine.kernels.adamw.adamw_`."""
     tensors = (weight.grad_buffer(), master, exp_avg, exp_avg_sq, weight.data)
+    rate, beta1, beta2, eps, decay, grad_scale, step = settings
     factors = (
         grad_scale,
         1.0 - beta1,
         beta2,
         1.0 - beta2,
         eps,
-        1.0 - learning_rate * weight_decay,
-        learning_rate / (1.0 - beta1**step),
+        1.0 - rate * decay,
+        rate / (1.0 - beta1**step),
         1.0 / math.sqrt(1.0 - beta2**step),
     )  # worked out in float64 and rounded to float32 once
     count = master.numel()

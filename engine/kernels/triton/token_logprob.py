@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.graph import empty
+from engine.kernels.token_logprob import Upstream
 from engine.kernels.triton.launch import launch
 from engine.kernels.triton.softmax_row import logprob_of, row_statistics, scale_of
 
@@ -33,21 +34,11 @@ def forward(logits: Tensor, targets: Tensor, inv_temperature: Tensor | None) -> 
     return logprobs, entropy, stats
 
 
-def backward(
-    logits: Tensor,
-    targets: Tensor,
-    inv_temperature: Tensor | None,
-    stats: Tensor,
-    entropy: Tensor,
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Of a row's logits, or of a shard of them (a target of -1 is in another); float32 is written over the logits."""
+def backward(logits: Tensor, given: Upstream, dtype: torch.dtype) -> Tensor:
+    """Of a row's logits, or of a shard of them; float32 is written over the logits."""
     rows, vocab = logits.shape
     d_logits = logits if dtype == logits.dtype else empty((rows, vocab), dtype, logits.device)
-    inputs = (logits, targets, inv_temperature, stats, entropy, d_logprobs, d_entropy)
-    launch(_backward, (rows, triton.cdiv(vocab, _BLOCK)), *inputs, d_logits, vocab, BLOCK=_BLOCK)
+    launch(_backward, (rows, triton.cdiv(vocab, _BLOCK)), logits, *given, d_logits, vocab, BLOCK=_BLOCK)
     return d_logits
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from engine.kernels.attention import AttentionSpec
 from engine.kernels.op import triton_missing, use_backend
 from engine.kernels.weight import Weight
+from tests import row_invariance
 from tests.kernels.cases import randn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+# For kernels of a program a row, whose number no tile depends on: the interpreter takes milliseconds for each.
+PADDING = ((1, 0), (0, 1), (3, 2)) if DEVICE == "cpu" else row_invariance.PADDING
 needs_triton = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "installed")
 
 

@@ -14,13 +14,11 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import json, re
 import torch
-from triton import compile as triton_compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
 from engine.kernels.op import use_backend
 from engine.kernels.triton.launch import collecting
 from engine.kernels.weight import Weight
+from tests.kernels.triton.stages import compiled_to, products, reductions
 
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
@@ -46,30 +44,22 @@ for head_dim in (64, 96, 256):
         if noted.name in ("_fold_parts", "_to_pages") or repr(noted) in done:
             continue
         done.add(repr(noted))
-        names = list(noted.signature)
-        constants = {(names.index(name),): value for name, value in noted.constants.items()}
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in noted.divisible}
-        source = ASTSource(noted.kernel, noted.signature, constants, attributes)
-        options = dict(num_warps=noted.num_warps, num_stages=noted.num_stages, enable_fp_fusion=False)
-        compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        code = compiled.asm["ttgir"]
-        layouts = dict(re.findall(r"(#(?:blocked|mma)\\d*) = (.*)", code))
+        code = compiled_to("ttgir", noted)
         dealt = []
-        for layout in re.findall(r'"tt.reduce"[\\s\\S]*?\\}\\) : \\(tensor<\\w+, (#\\w+)>', code):
+        for _, text in reductions(code):
             rows = noted.constants.get("BLOCK_M", 0)
-            text = layouts[layout]
             if rows:  # how many warps are below one another may differ, as long as each has 16 rows of its own
                 text = text.replace(f"warpsPerCTA = [{rows // 16}, ", "warpsPerCTA = [rows / 16, ")
             dealt.append(text)
-        products = sorted(re.findall(r"instrShape = \\[[^\\]]*\\]", code))
+        shapes = sorted(re.findall(r"instrShape = \\[[^\\]]*\\]", code))
         key = f"{noted.name} {head_dim}"
-        found.setdefault(key, []).append([dealt, products, "wgmma.mma_async" in compiled.asm["ptx"]])
+        found.setdefault(key, []).append([dealt, shapes, len(products(code))])
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def variants() -> dict[str, list[tuple[list[str], list[str], bool]]]:
+def variants() -> dict[str, list[tuple[list[str], list[str], int]]]:
     """Of every kernel and head_dim, what each variant reduces in and multiplies with."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
@@ -93,4 +83,4 @@ def test_variants_that_must_agree_bitwise_reduce_in_one_layout(variants, kernel,
 def test_tiles_of_many_and_of_few_rows_multiply_with_one_instruction(variants, head_dim):
     products = [(instructions, wgmma) for _, instructions, wgmma in variants[f"_attend {head_dim}"]]
     assert all(each == products[0] for each in products), products
-    assert products[0][1], "no wgmma"
+    assert products[0][1] == 2, "with keys and with values, by wgmma"

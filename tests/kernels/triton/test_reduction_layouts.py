@@ -16,22 +16,10 @@ ROOT = Path(__file__).resolve().parents[3]
 COMPILE = """
 import json, re, sys
 import torch
-from triton import compile as triton_compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from tests.kernels.triton.stages import compiled_to, products, reductions
 
-def code_of(noted):
-    names = list(noted.signature)
-    constants = {(names.index(name),): value for name, value in noted.constants.items()}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in noted.divisible}
-    source = ASTSource(noted.kernel, noted.signature, constants, attributes)
-    options = dict(num_warps=noted.num_warps, num_stages=noted.num_stages, enable_fp_fusion=False)
-    code = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
-    layouts = dict(re.findall(r"(#(?:blocked|mma)\\d*) = (.*)", code["ttgir"]))
-    reduced = re.findall(r'"tt.reduce"[\\s\\S]*?\\}\\) : \\(tensor<(\\w+), (#\\w+)>', code["ttgir"])
-    dots = re.findall(r"= ttng.warp_group_dot .*-> tensor<(\\w+), (#\\w+)>", code["ttgir"])
-    named = lambda found: [f"{kind} {layouts[layout]}" for kind, layout in found]
-    return code, named(reduced), named(dots)
+def named(found):
+    return [f"{kind} {layout}" for kind, layout in found]
 """
 SCRIPT = (
     COMPILE
@@ -68,7 +56,7 @@ found = {}
 for noted in launches:
     if noted.name not in ("_forward", "_tile_statistics", "_fold") or "targets" in noted.signature:
         continue
-    _, reduced, _ = code_of(noted)
+    reduced = named(reductions(compiled_to("ttgir", noted)))
     divided = "width" in noted.divisible or "vocab" in noted.divisible
     key = f"{noted.name} {noted.constants.get('BLOCK', noted.constants.get('FOLD'))} {divided}"
     found.setdefault(key, []).append(reduced)
@@ -102,16 +90,17 @@ for dim, window, kv_dtype in ((64, None, None), (128, None, None), (128, 700, No
     for noted in launches:
         if noted.name == "_fold_parts":
             continue
-        _, reduced, dots = code_of(noted)
-        found.setdefault(f"{noted.name} {dim} {window} {kv_dtype}", []).append([reduced, dots])
+        code = compiled_to("ttgir", noted)
+        dealt = [named(reductions(code)), named(products(code))]
+        found.setdefault(f"{noted.name} {dim} {window} {kv_dtype}", []).append(dealt)
 with use_backend("triton"), collecting() as launches:
     weight = Weight("matrix", (4096, 4096), torch.bfloat16, packed=True)
     for rows in (4096, 1536, 512, 32, 1):
         linear(torch.empty(rows, 4096, dtype=torch.bfloat16), weight)
         linear(torch.empty(rows, 4096, dtype=torch.bfloat16), weight, out_dtype=torch.float32)
 for noted in launches:
-    code, reduced, dots = code_of(noted)
-    instructions = re.findall(r"wgmma.mma_async.sync.aligned.m64n(\\d+)k(\\d+)", code["ptx"])
+    dots = named(products(compiled_to("ttgir", noted)))
+    instructions = re.findall(r"wgmma.mma_async.sync.aligned.m64n(\\d+)k(\\d+)", compiled_to("ptx", noted))
     found.setdefault("_multiply", []).append([dots, instructions])
 print(json.dumps(found))
 """

@@ -62,11 +62,14 @@ def test_every_mode_has_the_bits_of_training(mode, pieces):
         assert any(launch.name == "_fold_parts" for launch in launches)
 
 
-@pytest.mark.parametrize(("completion", "seed"), [("late", 0), ("early", 1)])
-def test_no_schedule_changes_a_bit(completion, seed):
-    with simulated("random", completion, seed):
+def test_no_schedule_changes_a_bit():
+    with simulated("random", "late"):
         out, lse = forward(inputs(), SPEC, plan_of(LENGTHS), want_lse=True, **options())
-        decoded = Cache(SPEC, DTYPE, LENGTHS, 16).run(inputs(), MODES[2][1], **options())
     assert_same_bits(out, trained()[0], "training")
     assert_same_bits(lse, trained()[1], "lse")
-    assert_same_bits(decoded, out, "decode")
+
+
+def test_no_schedule_changes_a_bit_of_decode():
+    with simulated("random", "late", seed=1):
+        out = Cache(SPEC, DTYPE, LENGTHS[:2], 16).run(inputs()[:71], [[1], [69, 1]], **options())
+    assert_same_bits(out, trained()[0][:71], "decode")
