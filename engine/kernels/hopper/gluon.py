@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,11 @@ def tensor_map(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
     wgmma reads, others without a swizzle. What lies outside the tensor is 0. `box` has as many sides as the tensor;
     in 16 bits the last is 64 or 128. The last stride is 1, others are multiples of 16 bytes, as is the address.
     """
-    bits = 8 * tensor.element_size()
-    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, rank=len(box))
-    return TensorDescriptor.from_tensor(tensor, list(box), layout)
+    layout = _layout(8 * tensor.element_size(), len(box))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout)
+
+
+@cache
+def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    """Made once: a launch makes several maps."""
+    return gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, rank=rank)
