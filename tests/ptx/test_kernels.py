@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-SIMULATED, SUITE = "tests/ptx/kernels/test_", "tests/kernels/triton/test_"
+SIMULATED, SUITE, HOPPER = "tests/ptx/kernels/test_", "tests/kernels/triton/test_", "tests/kernels/hopper/test_"
 BFLOAT16 = ["-k", "not dtype0 and not dtype1"]  # the last of three
 # Of tests/kernels/triton those whose tiles are production's, or whose lanes and warps the interpreter has not; all
 # of it is `make test-simulated`, which takes minutes.
@@ -20,7 +20,8 @@ TESTS = {
     "attention": [f"{SIMULATED}attention.py"],
     "attention's gradients": [f"{SUITE}attention_backward.py", "-k", "production and dtype2"],
     "attention in CUDA C++": [f"{SIMULATED}attention_cuda.py", "-k", "128 and 300"],
-    "attention for Hopper": ["tests/kernels/hopper"],
+    "attention for Hopper": [f"{HOPPER}attention.py", "-k", "not plain_triton"],
+    "its gradients": [f"{HOPPER}attention_backward.py"],
     "products": [f"{SIMULATED}gluon.py", f"{SIMULATED}products.py"],
     "rows": [
         f"{SUITE}linear.py::test_every_tile_gives_the_same_bits",

@@ -13,7 +13,6 @@ from triton.compiler.compiler import make_backend
 
 from engine.kernels.triton.launch import Launch
 
-
 _compiled: dict[tuple[str, str], str] = {}
 
 

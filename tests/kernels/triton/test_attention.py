@@ -37,14 +37,17 @@ def rope_of(spec: AttentionSpec) -> Tensor:
 
 
 def forward(
-    qkv, spec, plan, keys=None, values=None, norms=(None, None), kv=None, tiles=None, rope=None, want_lse=False
-):
-    """The kernels with tiles of a test's choice."""
+    qkv, spec, plan, keys=None, values=None, norms=(None, None), kv=None, tiles=None, rope=None, want_lse=False,
+    walk=None,
+):  # fmt: skip
+    """The kernels with tiles, and a walk, of a test's choice."""
     from engine.kernels.triton import attention as kernels
 
     tiles, rope = tiles or tiles_for_tests(), rope_of(spec) if rope is None else rope
     with use_backend("triton"), torch.no_grad():
-        out, lse = kernels.forward(qkv, kv, spec, rope, plan, keys, values, *norms, want_lse=want_lse, tiles=tiles)
+        out, lse = kernels.forward(
+            qkv, kv, spec, rope, plan, keys, values, *norms, want_lse=want_lse, tiles=tiles, walk=walk
+        )
     return (out, lse) if want_lse else out
 
 

@@ -27,24 +27,33 @@ MODES = [
 ]
 
 
+def same_bits_in_every_mode(spec, dtype, tiles_of, walk=None):
+    norms, rope = norms_of(spec, dtype), rope_table(spec.head_dim, 10000.0, None, max(LENGTHS)).to(DEVICE)
+    qkv = randn(sum(LENGTHS), spec.row_size).to(DEVICE, dtype)
+    options = {"norms": norms, "rope": rope, "tiles": tiles_of(spec, dtype, qkv.device), "walk": walk}
+    trained, _ = forward(qkv, spec, plan_of(LENGTHS), want_lse=True, **options)
+    assert trained.isfinite().all()
+    for mode, page_size, pieces in MODES:
+        out = Cache(spec, dtype, LENGTHS, page_size).run(qkv, pieces, **options)
+        assert_same_bits(out, trained, f"{mode}, pages of {page_size}")
+
+
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["kv as the model", "kv in e4m3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_has_the_same_bits_in_training_prefill_chunks_and_decode(shape, dtype, kv_dtype):
     from engine.kernels.triton.attention import tiles_of
 
-    spec = AttentionSpec(*shape, kv_dtype=kv_dtype)
-    qkv, norms = randn(sum(LENGTHS), spec.row_size).to(DEVICE, dtype), norms_of(spec, dtype)
-    options = {
-        "norms": norms,
-        "rope": rope_table(spec.head_dim, 10000.0, None, max(LENGTHS)).to(DEVICE),
-        "tiles": tiles_of(spec, dtype, qkv.device),
-    }
-    trained, _ = forward(qkv, spec, plan_of(LENGTHS), want_lse=True, **options)
-    assert trained.isfinite().all()
-    for mode, page_size, pieces in MODES:
-        out = Cache(spec, dtype, LENGTHS, page_size).run(qkv, pieces, **options)
-        assert_same_bits(out, trained, f"{mode}, pages of {page_size}")
+    same_bits_in_every_mode(AttentionSpec(*shape, kv_dtype=kv_dtype), dtype, tiles_of)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="it takes a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] in (64, 96, 128)], ids=str)
+def test_attention_for_hopper_has_the_same_bits_in_training_prefill_chunks_and_decode(shape, dtype):
+    from engine.kernels.hopper.attention import tiles_of, walk
+
+    same_bits_in_every_mode(AttentionSpec(*shape), dtype, tiles_of, walk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

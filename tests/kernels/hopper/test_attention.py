@@ -15,7 +15,7 @@ from engine.kernels.attention import AttentionSpec
 from engine.kernels.rope import rope_table
 from tests.kernels.cases import assert_near, randn
 from tests.kernels.test_attention import definition, plan_of
-from tests.kernels.triton.test_attention import Cache
+from tests.kernels.triton.test_attention import Cache, forward
 from tests.ptx.launches import simulated
 from tests.row_invariance import assert_same_bits
 
@@ -39,14 +39,7 @@ def inputs(spec: AttentionSpec) -> Tensor:
 
 
 def trained(spec: AttentionSpec, qkv: Tensor, **chosen: Any) -> tuple[Tensor, Tensor]:
-    from engine.kernels.triton.attention import forward
-
-    given = {**options(spec), **chosen}
-    rope = given.pop("rope")
-    with torch.no_grad():
-        out, lse = forward(qkv, None, spec, rope, plan_of(LENGTHS), None, None, None, None, True, **given)
-    assert lse is not None
-    return out, lse
+    return forward(qkv, spec, plan_of(LENGTHS), want_lse=True, **{**options(spec), **chosen})
 
 
 @cache
@@ -59,27 +52,7 @@ def expected(spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 def cached(spec: AttentionSpec) -> Tensor:
     """What PIECES come to, with pages that hold NaN wherever nothing was written."""
-    from engine.kernels.triton import attention
-
-    given = options(spec)
-    cache_ = Cache(spec, DTYPE, LENGTHS, 16)
-    parts, done = inputs(spec).split(LENGTHS), [0] * len(LENGTHS)
-    outs: list[list[Tensor]] = [[] for _ in LENGTHS]
-    for turn in range(max(map(len, PIECES))):
-        which = [s for s, pieces in enumerate(PIECES) if turn < len(pieces)]
-        counts = [PIECES[s][turn] for s in which]
-        rows = torch.cat([parts[s][done[s] : done[s] + n] for s, n in zip(which, counts, strict=True)])
-        for s, n in zip(which, counts, strict=True):
-            done[s] += n
-        plan = plan_of(counts, [done[s] for s in which], cache_.tables[which].contiguous(), 16)
-        with torch.no_grad():
-            out, _ = attention.forward(
-                rows, None, spec, given["rope"], plan, cache_.keys, cache_.values, None, None, False,
-                tiles=given["tiles"], walk=given["walk"],
-            )  # fmt: skip
-        for s, part in zip(which, out.split(counts), strict=True):
-            outs[s].append(part)
-    return torch.cat([torch.cat(parts) for parts in outs])
+    return Cache(spec, DTYPE, LENGTHS, 16).run(inputs(spec), PIECES, **options(spec))
 
 
 @pytest.mark.parametrize("spec", [SPEC, SPECIAL])
@@ -125,3 +98,16 @@ def test_no_schedule_changes_a_bit_of_what_pages_hold() -> None:
     with simulated("random", "late", 3):
         out = cached(SPEC)
     assert_same_bits(out, expected(SPEC)[0], "with pages")
+
+
+def test_a_reserved_plan_launches_all_programs_and_reads_what_there_is_to_do() -> None:
+    """As under a CUDA graph: rows past the batch hold NaN, and nothing is written for them."""
+    plan = plan_of(LENGTHS)
+    on_device = plan.on_device(torch.device("cpu"))
+    on_device.reserve(sum(LENGTHS) + 13, 8, 0)
+    on_device.upload(plan)
+    qkv = torch.cat([inputs(SPEC), torch.full((13, SPEC.row_size), float("nan"), dtype=DTYPE)])
+    with simulated() as launches:
+        out = forward(qkv, SPEC, plan, **options(SPEC))
+    assert [launch.constants["CONSUMERS"] for launch in launches if launch.name == "walk"] == [2, 1]
+    assert_same_bits(out[: sum(LENGTHS)], expected(SPEC)[0], "output")
