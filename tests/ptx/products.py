@@ -33,11 +33,13 @@ class Product:
 
 @dataclass
 class Warpgroup:
-    """The products in flight of one warpgroup, in the order of their issue; `groups` are committed."""
+    """The products in flight of one warpgroup, in the order of their issue; `groups` are committed. `fenced` are the
+    warpgroup's registers of 32 bits at its last wgmma.fence."""
 
     groups: list[list[Product]] = field(default_factory=list)
     open: list[Product] = field(default_factory=list)
     writers: dict[int, Product] = field(default_factory=dict)
+    fenced: np.ndarray | None = None
 
     def before(self, registers: tuple[Register, ...]) -> Product | None:
         """The product in flight that these sums continue. Raises ProtocolError where one writes to some of the

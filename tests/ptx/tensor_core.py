@@ -5,8 +5,7 @@ instruction products are exact, added one K after the other in float64 and round
 in last bits.
 
 A product that completes early reads its operands when it is issued, a late one when it is waited for; a late one's sums
-are NaN until then. wgmma.fence is not checked: where it is missing, ptxas makes products wait for each other and says
-so (`benchmarks.compile` fails for that).
+are NaN until then. Registers that a product takes hold what they held at the last wgmma.fence, or it is an error.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def _wgmma(instruction: Instruction) -> Run:
     if instruction.has("mma_async"):
         work = _AsyncProduct(instruction).issue
     elif instruction.has("fence"):
-        work = lambda block, warpgroup: None  # noqa: E731
+        work = _fence
     elif instruction.has("commit_group"):
         work = lambda block, warpgroup: block.state["products"][warpgroup].commit()  # noqa: E731
     elif instruction.has("wait_group"):
@@ -135,6 +134,12 @@ def _registers(block: Block, warpgroup: int, rows: np.ndarray) -> Any:
     return rows, slice(warpgroup * _WARPGROUP, (warpgroup + 1) * _WARPGROUP)
 
 
+def _fence(block: Block, warpgroup: int) -> None:
+    """From here on products may take and write registers as they are now."""
+    threads = slice(warpgroup * _WARPGROUP, (warpgroup + 1) * _WARPGROUP)
+    block.state["products"][warpgroup].fenced = block.files["b32"][:, threads].copy()
+
+
 def _wait_group(most: int, block: Block, warpgroup: int) -> None:
     done, last = block.state["products"][warpgroup].wait(most)
     for product in done:
@@ -144,6 +149,7 @@ def _wait_group(most: int, block: Block, warpgroup: int) -> None:
         rows = np.array([register.index for register in product.registers])
         values = sums.reshape(-1)[sum_places(*sums.shape)].view(np.uint32)
         block.files["b32"][_registers(block, warpgroup, rows)] = values
+        block.state["products"][warpgroup].fenced[rows] = values  # a product's own sums need no other fence
 
 
 def _warps(warpgroup: int) -> range:
@@ -221,6 +227,12 @@ class _AsyncProduct:
             )
         ordering_of(block).starts_async_read(_warps(warpgroup), pieces)
         place = _registers(block, warpgroup, self.sums[1])
+        rows = self.left[1] if before else np.concatenate([self.sums[1], self.left[1]])
+        if (
+            flying.fenced is None
+            or (flying.fenced[rows] != block.files["b32"][_registers(block, warpgroup, rows)]).any()
+        ):
+            raise ProtocolError("its registers were written to after the last wgmma.fence")
         sums: np.ndarray | Product
         if not self._uniform(self.accumulate, block, warpgroup):
             sums = np.zeros((64, self.columns), np.float32)

@@ -54,6 +54,13 @@ def test_a_product_without_swizzle(completion: str) -> None:
     assert torch.equal(_run(completion=completion), torch.full((128,), 16.0))
 
 
+@pytest.mark.parametrize("completion", ["early", "late"])
+def test_sums_that_were_waited_for_need_no_other_fence(completion: str) -> None:
+    again = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r10, %r11, %r12, %r13}, %rd1, %rd2, %p1, 1, 1, 0, 0;"
+    found = _run(between=f"wgmma.commit_group.sync.aligned; {_WAIT} {again}", completion=completion)
+    assert torch.equal(found, torch.full((128,), 32.0))
+
+
 def test_sums_are_nan_until_they_are_waited_for() -> None:
     copied = _run(after=f"mov.b32 %r14, %r10; {_WAIT} mov.b32 %r10, %r14;")
     assert copied.isnan().all()
@@ -66,6 +73,9 @@ def test_sums_are_nan_until_they_are_waited_for() -> None:
         ({"before": "fence.proxy.async.shared::cta;"}, "has not waited"),
         ({"between": "st.shared.b32 [%r2], 0;"}, "writes shared memory at 0 and has not waited for warp 0"),
         ({"after": ""}, "ended before its products"),
+        ({"between": f"wgmma.commit_group.sync.aligned; {_WAIT} mov.b32 %r10, 0; wgmma.mma_async.sync.aligned"
+                     ".m64n8k16.f32.f16.f16 {%r10, %r11, %r12, %r13}, %rd1, %rd2, %p1, 1, 1, 0, 0;"},
+         "after the last wgmma.fence"),
         ({"between": "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r11, %r10, %r12, %r13}, "
                      "%rd1, %rd2, %p1, 1, 1, 0, 0;"}, "some of this one's registers of sums"),
         ({"between": "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r14, %r15, %r16, %r17}, "
@@ -86,6 +96,7 @@ def test_a_broken_rule_is_an_error(changes: dict[str, Any], message: str) -> Non
 def test_registers_of_a_that_are_written_in_flight_are_seen_by_a_late_product(strict: bool) -> None:
     """Ones in A become zeros; a machine that is not strict takes them as they were."""
     between = f"""{_WAIT} mov.b32 %r14, %r3; mov.b32 %r15, %r3; mov.b32 %r16, %r3; mov.b32 %r17, %r3;
+        wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%r10, %r11, %r12, %r13}}, {{%r14, %r15, %r16, %r17}}, %rd2,
             %p1, 1, 1, 0;
         wgmma.commit_group.sync.aligned;
