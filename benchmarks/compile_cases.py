@@ -91,7 +91,7 @@ def _attention(dtype: torch.dtype) -> None:
 
 
 def _attention_e4m3(dtype: torch.dtype) -> None:
-    for head_dim in (128, 256):
+    for head_dim in (64, 128, 256):
         _attention_of(dtype, head_dim, e4m3=True)
 
 

@@ -15,8 +15,11 @@ from tests.ptx.programs import SCHEDULES, kernel
 def _run(body: str, registers: str = ".maxnreg 128", **options: Any) -> torch.Tensor:
     """256 threads, of which %p1 are the first 128."""
     out = torch.zeros(256, dtype=torch.int32)
-    text = kernel(f"""setp.lt.u32 %p1, %r0, 128; {body}
-        ld.param.u64 %rd1, [p0]; mul.wide.u32 %rd2, %r0, 4; add.s64 %rd1, %rd1, %rd2; st.global.b32 [%rd1], 1;""", 1)
+    text = kernel(
+        f"""setp.lt.u32 %p1, %r0, 128; {body}
+        ld.param.u64 %rd1, [p0]; mul.wide.u32 %rd2, %r0, 4; add.s64 %rd1, %rd1, %rd2; st.global.b32 [%rd1], 1;""",
+        1,
+    )
     Machine(parse(text.replace(")\n{", f")\n{registers}\n{{", 1)), "k", 256, 0, **options).run((1,), [out])
     return out
 

@@ -44,13 +44,14 @@ constexpr int kTurn = 3;          // numbers of a token to fold
 constexpr int kMaxDevices = 64;
 constexpr float kNoScore = -1e30f;  // the running maximum before the first key
 
-constexpr int keys_of_tile(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
+// As many as Triton takes: tiles widened from e4m3 leave no registers for more than 64.
+constexpr int keys_of_tile(int64_t head_dim, bool widened) { return head_dim <= 64 && !widened ? 128 : 64; }
 
 template <class T, class Page, int DIM>
 struct Shape {
   static constexpr bool kConverts = sizeof(Page) != sizeof(T);  // pages are e4m3: tiles are widened in shared memory
   static constexpr int kStages = 2;
-  static constexpr int kKeys = keys_of_tile(DIM);
+  static constexpr int kKeys = keys_of_tile(DIM, kConverts);
   static constexpr int kScores = kKeys + 8;  // floats from one row of S to the next: 8 more keep rows in other banks
   // 16 bytes more than a row needs: 8 rows at a distance of an odd number of 16-byte units lie in different banks.
   static constexpr int kPageStride = DIM + 16 / int(sizeof(Page));
@@ -521,9 +522,10 @@ void check_arguments(const AttentionDecode& a) {
   if (!(a.factor > 0)) refuse("factor is " + std::to_string(a.factor) + "; it must be positive");
   if (a.rows_of_tile < 1 || a.rows_of_tile > kRows)
     refuse("the plan has tiles of " + number(a.rows_of_tile) + " rows; it takes up to " + number(kRows));
-  if (a.keys_of_tile != keys_of_tile(a.head_dim) || a.split != kSplit)
+  const int keys = keys_of_tile(a.head_dim, a.page_type != a.type);
+  if (a.keys_of_tile != keys || a.split != kSplit)
     refuse("the plan has tiles of " + number(a.keys_of_tile) + " keys and splits of " + number(a.split) +
-           "; the bits need " + number(keys_of_tile(a.head_dim)) + " and " + number(kSplit));
+           "; the bits need " + number(keys) + " and " + number(kSplit));
   for (const void* address : {a.q, a.keys, a.values, static_cast<const void*>(a.out)})
     if (address == nullptr || reinterpret_cast<uintptr_t>(address) % 16 != 0)
       refuse("queries, pages and output must be given, and begin at multiples of 16 bytes");

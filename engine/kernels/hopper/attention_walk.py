@@ -1,10 +1,10 @@
 """The walk of attention over the keys, on Hopper: parties of one block, each at its own pace.
 
-    the producer, one warp        copies tiles of keys and values (TMA) into a ring in shared memory
-    a consumer, or two, of four   multiply 64 rows each of an item with every tile (wgmma), and do the softmax: two for
-                                  items of 128 rows, one for those of few rows (decode), with the same code
-What a row's bits are is said in `engine.kernels.triton.attention`, and is the same here operation by operation. Not so
-the schedule:
+    the producer, a warp              copies tiles of keys and values (TMA) into a ring in shared memory
+    the consumers, four warps each    multiply 64 rows of an item with every tile (wgmma), and do the softmax
+
+There are two consumers for items of 128 rows, and one, of the same code, for items of few rows (decode). What a row's
+bits are is said in `engine.kernels.triton.attention`, and is the same here operation by operation. Not so the schedule:
 
     tile t         S(t+1) = Q K(t+1)^T is issued, then O = O a + P(t) V(t); these wait for nothing
                    when S(t+1) is there: mask, maximum, P(t+1), a, l, while the tensor cores are busy with P(t) V(t)

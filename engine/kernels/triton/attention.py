@@ -68,24 +68,25 @@ _FOLD_PROGRAMS = 528
 
 
 def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """How attention of this shape is cut up on this device. `block_n` and `split` follow from head_dim and dtype."""
+    """How attention of this shape is cut up on this device. `block_n` and `split` follow from head_dim and dtypes."""
     width = triton.next_power_of_2(spec.head_dim)
     processors, major = gpu_of(device)
     if dtype == torch.float32:  # products on the plain cores, whose operands all lie in registers
         block_m, block_n = (64, 32) if width <= 64 else (32, 32 if width <= 128 else 16)
         e4m3 = spec.kv_dtype is not None  # with widened tiles, a second stage would leave too few registers
         if e4m3:
-            block_n = 32
+            block_m, block_n = 32, 32
         return Tiles(
             block_m, block_m, block_n, warps=8, decode_warps=8, stages=2 - e4m3, decode_stages=2 - e4m3,
-            programs=processors, decode_programs=processors, fold_after=e4m3 or width > 64,
+            programs=processors, decode_programs=processors, fold_after=width > 64,
         )  # fmt: skip
     if major == 9:
         if width > 128:  # two warpgroups side by side: the two sums of 64 x 256 do not fit in the registers of one
             return Tiles(
                 64, 64, 64, warps=8, decode_warps=8, programs=processors, decode_programs=processors, reload=True
             )
-        block_n = 128 if width <= 64 else 64  # more would leave no room for the two sums of 128 columns
+        # More would leave no room for the two sums of 128 columns, or for tiles of 64 columns widened from e4m3.
+        block_n = 128 if width <= 64 and spec.kv_dtype is None else 64
         return Tiles(
             128, 64, block_n, warps=8, stages=3, decode_stages=3, programs=processors, decode_programs=2 * processors,
             reload=True,

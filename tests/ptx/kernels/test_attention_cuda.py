@@ -47,6 +47,7 @@ def decoded(pool: Pool, qkv: Tensor, by_cuda: bool) -> list[Tensor]:
         ((8, 2, 64), None, BF16, None),
         ((6, 2, 96), 300, FP16, None),
         ((8, 2, 128), None, BF16, None),
+        ((4, 1, 64), None, BF16, E4M3),
         ((4, 1, 128), 300, BF16, E4M3),
         ((4, 1, 256), None, BF16, None),
     ],
