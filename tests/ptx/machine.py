@@ -51,7 +51,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -91,7 +90,8 @@ DTYPES: dict[str, Any] = {name: dtype for views in _VIEWS.values() for name, dty
     "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32,
 }  # fmt: skip
 _VIEW_OF = {"b16": "u16", "b32": "u32", "b64": "u64", "bf16": "u16", "bf16x2": "u32", "f16x2": "u32"}
-_FAMILIES = ("arithmetic", "memory", "tensor_core", "copies", "register_pool")  # the modules that fill OPERATIONS
+# The modules that fill OPERATIONS.
+_FAMILIES = ("arithmetic", "bits", "conversions", "memory", "tensor_core", "copies")
 _ENDS_RUN = {"bra", "ret", "exit", "bar", "barrier", "mbarrier", "brx"}
 
 
@@ -493,8 +493,7 @@ class Machine:
         if self.kernel.threads not in (None, threads) and threads % WARP:
             raise PTXError(f"{name} is for {self.kernel.threads} threads and is run with {threads}")
         for family in _FAMILIES:
-            if find_spec(f"tests.ptx.{family}"):
-                import_module(f"tests.ptx.{family}")
+            import_module(f"tests.ptx.{family}")
         self.set_schedule(schedule, completion, seed)
         self.grid, self.strict = (1, 1, 1), strict
         self._symbols = self._place()
