@@ -91,7 +91,7 @@ DTYPES: dict[str, Any] = {name: dtype for views in _VIEWS.values() for name, dty
 }  # fmt: skip
 _VIEW_OF = {"b16": "u16", "b32": "u32", "b64": "u64", "bf16": "u16", "bf16x2": "u32", "f16x2": "u32"}
 # The modules that fill OPERATIONS.
-_FAMILIES = ("arithmetic", "bits", "conversions", "memory", "tensor_core", "copies")
+_FAMILIES = ("arithmetic", "bits", "conversions", "memory", "tensor_core", "copies", "register_pool")
 _ENDS_RUN = {"bra", "ret", "exit", "bar", "barrier", "mbarrier", "brx"}
 
 
