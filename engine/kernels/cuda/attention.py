@@ -36,10 +36,7 @@ def missing() -> str:
     return "" if major == 9 else f"it sums as Triton does on compute capability 9; this GPU has {major}.{minor}"
 
 
-def forward(
-    call: AttentionCall,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def forward(call: AttentionCall, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """See `AttentionCall`. Batches without pages, and those whose `lse` is wanted, are training's:
     they run on Triton alone, and so do head widths that the CUDA kernels lack."""
     if call.keys is None or want_lse or call.spec.head_dim not in HEAD_DIMS:

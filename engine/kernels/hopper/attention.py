@@ -42,13 +42,9 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
     )
 
 
-def forward(
-    call: AttentionCall,
-    want_lse: bool,
-    tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """See `AttentionCall`; `tiles` is for tests that want several splits of a short sequence. Head
-    widths that the walk does not fit run on plain Triton alone."""
+def forward(call: AttentionCall, want_lse: bool, tiles: Tiles | None = None) -> tuple[Tensor, Tensor | None]:
+    """See `AttentionCall`; `tiles` is for tests that want several splits of a short sequence. Head widths that the walk
+    does not fit run on plain Triton alone."""
     if call.spec.head_dim not in HEAD_DIMS:
         return triton_attention.forward(call, want_lse, tiles=tiles)
     tiles = tiles or tiles_of(call.spec, call.qkv.dtype, call.qkv.device)

@@ -36,12 +36,7 @@ def tiles_for(spec: AttentionSpec) -> Tiles:
     return Tiles(128, keys, 128, _KEY_ROWS, 4, _STAGES, apart=True, token_rows=padded)
 
 
-def backward(
-    call: AttentionCall,
-    d_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor | None]:
+def backward(call: AttentionCall, d_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
     """See `engine.kernels.triton.attention_backward.backward`, which serves shapes that these kernels do not."""
     arguments = call, aligned(d_out), out, lse
     if not serves(call.spec, call.qkv.dtype):
