@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.ptx.parse import PTXError
 from tests.ptx.programs import element, run
+from tests.ptx.syntax import PTXError
 
 MEMORY = ".extern .shared .align 128 .b8 memory[];"
 GENERATOR = torch.Generator().manual_seed(0)
