@@ -28,7 +28,8 @@ class Blocked(Exception):
 
 
 class Strand:
-    """Threads at one place of the program; `waits` is what they wait for."""
+    """Threads at one place of the program; `ready` says whether their wait is over (None: they have none), `what` names
+    what they wait for."""
 
     __slots__ = ("pc", "ready", "threads", "what")
 
@@ -47,11 +48,11 @@ class Block:
       tells of goes to `pending`: the scheduler calls one when no thread can go on, the oldest, or any under a random
       schedule. `at_exit` are called when all threads have returned, before the block's memory goes.
     - `on_shared_store` are called after every ordinary store to shared memory, with uint64 [count] addresses and the
-      bytes of each, `on_shared_load` after every load, and `on_barrier` with the threads of each bar.sync that
-      completes.
+      bytes of each, `on_shared_load` after every load, and `on_barrier` with the threads that came to a barrier (bar)
+      when it completes.
     - `state` is what instruction families keep for a block, by the family's name.
 
-    Of these all but registers and memory begin empty; then the functions in BLOCK_HOOKS are called with the block.
+    `pending`, `state` and what is called begin empty in each block; then those in BLOCK_HOOKS are called with it.
     """
 
     def __init__(self, machine: Machine, size: int) -> None:

@@ -53,8 +53,10 @@ def _mov(instruction: Instruction) -> Run:
 
 
 _ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-_LIMITS: dict[str, Any] = {"s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32,
-           "s64": np.int64, "u64": np.uint64}  # fmt: skip
+_LIMITS: dict[str, Any] = {
+    "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32,
+    "s64": np.int64, "u64": np.uint64,
+}  # fmt: skip
 
 
 @operation("cvt")

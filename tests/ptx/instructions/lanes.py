@@ -91,11 +91,6 @@ def _shuffle(instruction: Instruction) -> Run:
     return run
 
 
-def _members(threads: Threads, mask: NDArray) -> NDArray[np.bool_]:
-    """Whether each thread's lane is in its mask."""
-    return (full(mask, threads) >> (threads.index % WARP).astype(np.uint32) & np.uint32(1)).astype(bool)
-
-
 def _by_warp(threads: Threads, values: NDArray, function: Callable[[NDArray, NDArray], Any]) -> NDArray:
     """function(values of a warp's threads, their lanes) for each warp, to each of its threads ([] or [of the warp])."""
     result = None

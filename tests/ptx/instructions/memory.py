@@ -1,4 +1,4 @@
-"""Instructions that load and store, also matrices that a warp shares, and that turn addresses into generic ones."""
+"""Instructions that load and store, also matrices of a warp (ldmatrix, stmatrix), and cvta."""
 
 from __future__ import annotations
 
