@@ -25,6 +25,7 @@ from benchmarks.flash_attention import FlashAttention
 from benchmarks.workloads import size
 from engine.config import ModelConfig
 from engine.kernels.attention import OP, OP_E4M3, AttentionPlan, AttentionSpec, allocate_pages, attention
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.op import Op, use_backend
 from engine.kernels.rope import rope_table
 
@@ -212,9 +213,11 @@ def backward_alone(
     """The backward of our backend `name` by itself, on what its forward saves when it is first run."""
     functions = next(each for each in OP.backends if each.name == name).functions
 
+    call = AttentionCall(qkv, spec, rope, plan)
+
     def make() -> Run:
-        out, lse = functions["forward"](qkv, None, spec, rope, plan, None, None, None, None, True)
-        return partial(functions["backward"], d_out, out, lse, qkv, None, spec, rope, plan, None, None)
+        out, lse = functions["forward"](call, True)
+        return partial(functions["backward"], call, d_out, out, lse)
 
     return on_backend(name, _late(make))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels import attention_definition
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.attention_pages import ATTENTION_DTYPES, AttentionSpec, allocate_pages, depth_of, page_columns
 from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.dtypes import TRITON_DTYPES, wide_dtype
@@ -53,13 +54,14 @@ def attention(
     bits that these rows have in attention of all rows. The gradients of `kv` and of `k_norm` are then the sums over
     these queries: those over all queries are the sums of them, since going back through RoPE and norm is linear.
     """
-    _check(qkv, spec, rope, plan, keys, values, q_norm, k_norm, kv)
+    call = AttentionCall(qkv, spec, rope, plan, keys, values, q_norm, k_norm, kv)
+    _check(call)
     if torch.is_grad_enabled() and (qkv.requires_grad or (kv is not None and kv.requires_grad)):
         if keys is not None:
             raise InputError("attention has no gradient through a KV cache; call it without keys and values")
-        return _Attention.apply(qkv, kv, spec, rope, plan, q_norm, k_norm)
-    kv = None if kv is None else kv.detach()
-    return _op(spec)["forward", qkv](qkv.detach(), kv, spec, rope, plan, keys, values, q_norm, k_norm, False)[0]
+        return _Attention.apply(qkv, kv, call)
+    call = call._replace(qkv=qkv.detach(), kv=None if kv is None else kv.detach())
+    return _op(spec)["forward", qkv](call, False)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -69,29 +71,26 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
-                q_norm: Weight | None, k_norm: Weight | None) -> Tensor:  # fmt: skip
-        ctx.backend = _op(spec).serving(qkv)
-        out, lse = ctx.backend.functions["forward"](qkv, kv, spec, rope, plan, None, None, q_norm, k_norm, True)
+    def forward(ctx: Any, qkv: Tensor, kv: Tensor | None, call: AttentionCall) -> Tensor:
+        ctx.backend = _op(call.spec).serving(qkv)
+        out, lse = ctx.backend.functions["forward"](call._replace(qkv=qkv, kv=kv), True)
         ctx.save_for_backward(qkv, kv, out, lse)
-        ctx.spec, ctx.rope, ctx.plan, ctx.q_norm, ctx.k_norm = spec, rope, plan, q_norm, k_norm
-        ctx.version = plan.version, plan.kv_plan.version
+        ctx.others = call[1:-1]  # qkv and kv are kept by autograd, which knows when they may go
+        ctx.version = call.plan.version, call.plan.kv_plan.version
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if (ctx.plan.version, ctx.plan.kv_plan.version) != ctx.version:
-            raise InputError("the attention plan was built anew between forward and backward; use one plan per batch")
         qkv, kv, out, lse = ctx.saved_tensors
-        d_qkv, d_kv = ctx.backend.functions["backward"](
-            d_out.to(qkv.dtype).contiguous(), out, lse, qkv, kv, ctx.spec, ctx.rope, ctx.plan, ctx.q_norm, ctx.k_norm
-        )
-        return d_qkv, d_kv, None, None, None, None, None
+        call = AttentionCall._make([qkv, *ctx.others, kv])
+        if (call.plan.version, call.plan.kv_plan.version) != ctx.version:
+            raise InputError("the attention plan was built anew between forward and backward; use one plan per batch")
+        d_qkv, d_kv = ctx.backend.functions["backward"](call, d_out.to(qkv.dtype).contiguous(), out, lse)
+        return d_qkv, d_kv, None
 
 
-def _check(qkv: Tensor, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, keys: Tensor | None,
-           values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
-           kv: Tensor | None) -> None:  # fmt: skip
+def _check(call: AttentionCall) -> None:
+    qkv, spec, rope, plan, keys, values, q_norm, k_norm, kv = call
     if qkv.dtype not in ATTENTION_DTYPES:
         raise InputError(f"qkv is {qkv.dtype}; attention takes {', '.join(map(str, ATTENTION_DTYPES))}")
     if kv is None:
@@ -161,9 +160,8 @@ def _apart(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec) -> tuple[Tensor,
     return (qkv, qkv[:, spec.num_heads * spec.head_dim :]) if kv is None else (qkv, kv)
 
 
-def _shared_arguments(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
-                      q_norm: Weight | None, k_norm: Weight | None, out: Tensor,
-                      lse: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
+def _shared_arguments(call: AttentionCall, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
+    qkv, spec, rope, plan, _, _, q_norm, k_norm, kv = call
     shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.window or 0)
     norms = (0 if norm is None else norm.data.data_ptr() for norm in (q_norm, k_norm))
     return (plan.native, plan.kv_plan.native, DTYPES[qkv.dtype], shape, spec.scale, spec.eps,
@@ -175,30 +173,24 @@ def _gradient(norm: Weight | None) -> int:
     return 0 if norm is None else norm.grad_buffer().data_ptr()
 
 
-def _cpu_forward(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
-                 keys: Tensor | None, values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
-                 want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def _cpu_forward(call: AttentionCall, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    qkv, spec, _, plan, keys, values, _, _, _ = call
     if keys is None or values is None:
         size = spec.num_kv_heads * plan.page_size
         keys = empty((plan.num_pages, size * depth_of(spec, qkv.dtype)), qkv.dtype)
         values = empty((plan.num_pages, size * spec.head_dim), qkv.dtype)
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32) if want_lse else None
-    extension().attention_forward(
-        *_shared_arguments(qkv, kv, spec, rope, plan, q_norm, k_norm, out, lse),
-        keys.data_ptr(), values.data_ptr(), keys.shape[0],
-    )  # fmt: skip
+    extension().attention_forward(*_shared_arguments(call, out, lse), keys.data_ptr(), values.data_ptr(), keys.shape[0])
     return out, lse
 
 
-def _cpu_backward(d_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, kv: Tensor | None, spec: AttentionSpec,
-                  rope: Tensor, plan: AttentionPlan, q_norm: Weight | None,
-                  k_norm: Weight | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    d_qkv = empty(tuple(qkv.shape), qkv.dtype)
-    d_kv = None if kv is None else empty(tuple(kv.shape), kv.dtype)
+def _cpu_backward(call: AttentionCall, d_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    d_qkv = empty(tuple(call.qkv.shape), call.qkv.dtype)
+    d_kv = None if call.kv is None else empty(tuple(call.kv.shape), call.kv.dtype)
     extension().attention_backward(
-        *_shared_arguments(qkv, kv, spec, rope, plan, q_norm, k_norm, out, lse), d_out.data_ptr(),
-        *map(_rows, _apart(d_qkv, d_kv, spec)), _gradient(q_norm), _gradient(k_norm),
+        *_shared_arguments(call, out, lse), d_out.data_ptr(), *map(_rows, _apart(d_qkv, d_kv, call.spec)),
+        _gradient(call.q_norm), _gradient(call.k_norm),
     )  # fmt: skip
     return d_qkv, d_kv
 

@@ -8,41 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.attention_pages import AttentionSpec, read_pages, to_page, write_pages
-from engine.kernels.attention_plan import AttentionPlan
+from engine.kernels.attention_call import AttentionCall
+from engine.kernels.attention_pages import read_pages, to_page, write_pages
 from engine.kernels.dtypes import wide
 from engine.kernels.rope import apply_rope
-from engine.kernels.weight import Weight
 
 
-def forward(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
-            keys: Tensor | None, values: Tensor | None, q_norm: Weight | None, k_norm: Weight | None,
-            want_lse: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def forward(call: AttentionCall, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The output [T, H Dh]; None stands for the logarithm of the softmax, which only kernels save."""
     with torch.no_grad():
-        norms = (None if w is None else w.data for w in (q_norm, k_norm))
-        return _definition(qkv, kv, spec, rope, plan, keys, values, *norms), None
+        norms = (None if w is None else w.data for w in (call.q_norm, call.k_norm))
+        return _definition(call, *norms), None
 
 
-def backward(d_out: Tensor, out: Tensor, lse: Tensor | None, qkv: Tensor, kv: Tensor | None,
-             spec: AttentionSpec, rope: Tensor, plan: AttentionPlan, q_norm: Weight | None,
-             k_norm: Weight | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def backward(call: AttentionCall, d_out: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradients of qkv and kv; those of the norms are added to their weights'."""
-    norms = [None if w is None else w.data.detach().requires_grad_() for w in (q_norm, k_norm)]
+    kv, weights = call.kv, (call.q_norm, call.k_norm)
+    norms = [None if w is None else w.data.detach().requires_grad_() for w in weights]
     given = [w for w in norms if w is not None]
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (qkv, kv) if x is not None]
-        out = _definition(leaves[0], leaves[1] if kv is not None else None, spec, rope, plan, None, None, *norms)
+        leaves = [x.detach().requires_grad_() for x in (call.qkv, kv) if x is not None]
+        out = _definition(call._replace(qkv=leaves[0], kv=leaves[1] if kv is not None else None), *norms)
         d_leaves = torch.autograd.grad(out, [*leaves, *given], d_out)
     d_rows, d_norms = d_leaves[: len(leaves)], d_leaves[len(leaves) :]
-    for weight, gradient in zip([w for w in (q_norm, k_norm) if w is not None], d_norms, strict=True):
+    for weight, gradient in zip([w for w in weights if w is not None], d_norms, strict=True):
         weight.grad_buffer().add_(gradient)
     return d_rows[0], d_rows[1] if kv is not None else None
 
 
-def _definition(qkv: Tensor, kv: Tensor | None, spec: AttentionSpec, rope: Tensor, plan: AttentionPlan,
-                keys: Tensor | None, values: Tensor | None, q_norm: Tensor | None,
-                k_norm: Tensor | None) -> Tensor:  # fmt: skip
+def _definition(call: AttentionCall, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+    qkv, spec, rope, plan, keys, values, _, _, kv = call
     dtype = qkv.dtype
     kv_plan, queries = plan.kv_plan, spec.num_heads * spec.head_dim
     q, kv = (qkv, kv) if kv is not None else qkv.split([queries, qkv.shape[1] - queries], 1)

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.attention_pages import AttentionSpec
-from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.op import cuda_extension
 from engine.kernels.triton import attention as triton_attention
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.attention_work import Tiles, WorkLists
-from engine.kernels.weight import Weight
 
 HEAD_DIMS = (64, 96, 128, 256)
 ROWS = 16  # of a tile: (new token, query head) pairs that share a key/value head
@@ -38,24 +37,15 @@ def missing() -> str:
 
 
 def forward(
-    qkv: Tensor,
-    kv: Tensor | None,
-    spec: AttentionSpec,
-    rope: Tensor,
-    plan: AttentionPlan,
-    keys: Tensor | None,
-    values: Tensor | None,
-    q_norm: Weight | None,
-    k_norm: Weight | None,
+    call: AttentionCall,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `engine.kernels.attention.attention`. Batches without pages, and those whose `lse` is wanted, are training's:
+    """See `AttentionCall`. Batches without pages, and those whose `lse` is wanted, are training's:
     they run on Triton alone, and so do head widths that the CUDA kernels lack."""
-    arguments = (qkv, kv, spec, rope, plan, keys, values, q_norm, k_norm, want_lse)
-    if keys is None or want_lse or spec.head_dim not in HEAD_DIMS:
-        return triton_attention.forward(*arguments)
-    tiles = replace(triton_attention.tiles_of(spec, qkv.dtype, qkv.device), decode_m=ROWS)
-    return triton_attention.forward(*arguments, tiles=tiles, decode=decode)
+    if call.keys is None or want_lse or call.spec.head_dim not in HEAD_DIMS:
+        return triton_attention.forward(call, want_lse)
+    tiles = replace(triton_attention.tiles_of(call.spec, call.qkv.dtype, call.qkv.device), decode_m=ROWS)
+    return triton_attention.forward(call, want_lse, tiles=tiles, decode=decode)
 
 
 def decode(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, sums: Tensor, softmaxes: Tensor, spec: AttentionSpec,

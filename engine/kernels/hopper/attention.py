@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.attention_pages import AttentionSpec
-from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.hopper.attention_backward import backward
 from engine.kernels.hopper.attention_walk import walk as walk_kernel
 from engine.kernels.hopper.gluon import tensor_map
@@ -21,7 +21,6 @@ from engine.kernels.triton import attention as triton_attention
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.attention_work import Tiles, WorkLists
 from engine.kernels.triton.launch import gpu_of, launch
-from engine.kernels.weight import Weight
 
 __all__ = ["backward", "forward"]
 
@@ -44,24 +43,16 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
 
 
 def forward(
-    qkv: Tensor,
-    kv: Tensor | None,
-    spec: AttentionSpec,
-    rope: Tensor,
-    plan: AttentionPlan,
-    keys: Tensor | None,
-    values: Tensor | None,
-    q_norm: Weight | None,
-    k_norm: Weight | None,
+    call: AttentionCall,
     want_lse: bool,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `engine.kernels.attention.attention`; `tiles` is for tests that want several splits of a short sequence. Head
+    """See `AttentionCall`; `tiles` is for tests that want several splits of a short sequence. Head
     widths that the walk does not fit run on plain Triton alone."""
-    arguments = (qkv, kv, spec, rope, plan, keys, values, q_norm, k_norm, want_lse)
-    if spec.head_dim not in HEAD_DIMS:
-        return triton_attention.forward(*arguments, tiles=tiles)
-    return triton_attention.forward(*arguments, tiles=tiles or tiles_of(spec, qkv.dtype, qkv.device), walk=walk)
+    if call.spec.head_dim not in HEAD_DIMS:
+        return triton_attention.forward(call, want_lse, tiles=tiles)
+    tiles = tiles or tiles_of(call.spec, call.qkv.dtype, call.qkv.device)
+    return triton_attention.forward(call, want_lse, tiles=tiles, walk=walk)
 
 
 def walk(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor | None, sums: Tensor, softmaxes: Tensor,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 from torch import Tensor
 
+from engine.kernels.attention_call import AttentionCall
+from engine.kernels.attention_pages import AttentionSpec
 from engine.kernels.graph import empty
 from engine.kernels.hopper.attention_gradients import grad_keys, grad_queries, row_statistics
 from engine.kernels.hopper.gluon import tensor_map
@@ -15,10 +15,6 @@ from engine.kernels.triton import attention_backward as plain
 from engine.kernels.triton.attention_backward_work import Tiles
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.launch import aligned, gpu_of, launch
-from engine.kernels.weight import Weight
-
-if TYPE_CHECKING:
-    from engine.kernels.attention import AttentionPlan, AttentionSpec
 
 _STAGES = 4
 _KEY_ROWS = 64  # of a step of grad_keys
@@ -41,22 +37,16 @@ def tiles_for(spec: AttentionSpec) -> Tiles:
 
 
 def backward(
+    call: AttentionCall,
     d_out: Tensor,
     out: Tensor,
     lse: Tensor,
-    qkv: Tensor,
-    kv: Tensor | None,
-    spec: AttentionSpec,
-    rope: Tensor,
-    plan: AttentionPlan,
-    q_norm: Weight | None,
-    k_norm: Weight | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `engine.kernels.triton.attention_backward.backward`, which serves shapes that these kernels do not."""
-    arguments = aligned(d_out), out, lse, qkv, kv, spec, rope, plan, q_norm, k_norm
-    if not serves(spec, qkv.dtype):
+    arguments = call, aligned(d_out), out, lse
+    if not serves(call.spec, call.qkv.dtype):
         return plain.backward(*arguments)
-    return plain.backward(*arguments, tiles=tiles_for(spec), walks=_walks)
+    return plain.backward(*arguments, tiles=tiles_for(call.spec), walks=_walks)
 
 
 def _walks(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Tensor, turned_q: Tensor,

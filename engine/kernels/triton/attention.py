@@ -40,15 +40,14 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.attention_pages import AttentionSpec
-from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.graph import empty
 from engine.kernels.triton import rotate
 from engine.kernels.triton.attention_backward import backward
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.attention_work import ITEM, TURN, Tiles, WorkLists
 from engine.kernels.triton.launch import gpu_of, launch
-from engine.kernels.weight import Weight
 
 __all__ = ["attend", "backward", "forward", "tiles_of"]
 
@@ -100,37 +99,31 @@ def tiles_of(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> T
 
 
 def forward(
-    qkv: Tensor,
-    kv: Tensor | None,
-    spec: AttentionSpec,
-    rope: Tensor,
-    plan: AttentionPlan,
-    keys: Tensor | None,
-    values: Tensor | None,
-    q_norm: Weight | None,
-    k_norm: Weight | None,
+    call: AttentionCall,
     want_lse: bool,
     tiles: Tiles | None = None,
     decode: Decode | None = None,
     walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `engine.kernels.attention.attention`: the output [T, H Dh], and lse fp32 [T, H] where it is wanted.
+    """The output [T, H Dh], and lse fp32 [T, H] where it is wanted.
 
     lse[t, h] = log2 of the sum over the keys that row t sees of exp(scale q.k), a logarithm to base 2. `tiles` is for
     tests that want several splits of a short sequence, and for another `decode` or `walk` than Triton's.
     """
-    on_device = plan.on_device(qkv.device)
-    _check(qkv, keys, rope, on_device)
+    qkv, spec = call.qkv, call.spec
+    on_device = call.plan.on_device(qkv.device)
+    _check(call, on_device)
     tiles = tiles or tiles_of(spec, qkv.dtype, qkv.device)
     lists = on_device.lists(spec.num_heads // spec.num_kv_heads, spec.num_kv_heads, spec.window or 0, tiles)
-    q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, keys, values, q_norm, k_norm)
+    q, k, v = rotate.forward(call, on_device)
     out = empty((qkv.shape[0], spec.num_heads * spec.head_dim), qkv.dtype, qkv.device)
     lse = empty((qkv.shape[0], spec.num_heads), torch.float32, qkv.device) if want_lse else None
-    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=keys is not None, decode=decode, walk=walk)
+    attend(q, k, v, out, lse, spec, on_device, lists, tiles, paged=call.keys is not None, decode=decode, walk=walk)
     return out, lse
 
 
-def _check(qkv: Tensor, keys: Tensor | None, rope: Tensor, plan: DevicePlan) -> None:
+def _check(call: AttentionCall, plan: DevicePlan) -> None:
+    qkv, rope, keys = call.qkv, call.rope, call.keys
     if qkv.shape[0] != plan.num_tokens and not plan.fixed:
         raise InputError(f"qkv has {qkv.shape[0]} rows and the plan {plan.num_tokens}")
     if plan.num_positions > rope.shape[0]:

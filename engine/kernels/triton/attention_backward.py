@@ -18,28 +18,25 @@ heads wider than 128 leave them no registers, so they do that in a launch of its
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.attention_call import AttentionCall
+from engine.kernels.attention_pages import AttentionSpec
 from engine.kernels.graph import empty
 from engine.kernels.triton import rotate, rotate_backward
 from engine.kernels.triton.attention_backward_work import Tiles, whole_tokens, work_lists
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.launch import launch
 from engine.kernels.triton.rotate_backward import add_norm_gradient, halves, head_columns, norm_sums, turn_back
-from engine.kernels.weight import Weight
-
-if TYPE_CHECKING:
-    from engine.kernels.attention import AttentionPlan, AttentionSpec
 
 # (q, k, v, d_out, out, lse, to fill: fp32 gradients of turned queries [T, H, Dh] and keys [T_kv, K, Dh], and rows with
 # those of values; spec, plan, work of either kernel): takes the place of both kernels
 Walks = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "AttentionSpec", DevicePlan, Tensor,
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionSpec, DevicePlan, Tensor,
      Tensor],
     None,
 ]  # fmt: skip
@@ -57,16 +54,10 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def backward(
+    call: AttentionCall,
     d_out: Tensor,
     out: Tensor,
     lse: Tensor,
-    qkv: Tensor,
-    kv: Tensor | None,
-    spec: AttentionSpec,
-    rope: Tensor,
-    plan: AttentionPlan,
-    q_norm: Weight | None,
-    k_norm: Weight | None,
     tiles: Tiles | None = None,
     walks: Walks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -77,6 +68,7 @@ def backward(
     each layer. `tiles` is for tests that want several of them in a short sequence, and for `walks` other than these,
     which come with tiles whose epilogue is `apart`. Same call, same bits.
     """
+    qkv, spec, rope, plan, _, _, q_norm, k_norm, kv = call
     device, queries = qkv.device, spec.num_heads * spec.head_dim
     tiles = tiles or tiles_for(spec.head_dim, qkv.dtype)
     group, window = spec.num_heads // spec.num_kv_heads, spec.window or 0
@@ -85,7 +77,7 @@ def backward(
         (tiles, group, window),
         lambda: [torch.from_numpy(table).to(device) for table in work_lists(plan, group, window, tiles)],
     )
-    q, k, v = rotate.forward(qkv, kv, spec, rope, on_device, None, None, q_norm, k_norm)
+    q, k, v = rotate.forward(call, on_device)
     d_qkv = empty(tuple(qkv.shape), qkv.dtype, device)
     d_kv = None if kv is None else empty(tuple(kv.shape), kv.dtype, device)
     kv_rows, d_kv_rows = (qkv[:, queries:], d_qkv[:, queries:]) if kv is None or d_kv is None else (kv, d_kv)

@@ -9,33 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.attention_pages import AttentionSpec
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.graph import empty
 from engine.kernels.triton.attention_plan import DevicePlan
 from engine.kernels.triton.launch import aligned, launch
-from engine.kernels.weight import Weight
 
 _ROWS = 32  # (token, head) rows of a program: with 128 columns, 32 elements for each of 128 threads
 E4M3_MAX = tl.constexpr(448.0)
 
 
-def forward(
-    qkv: Tensor,
-    kv: Tensor | None,
-    spec: AttentionSpec,
-    rope: Tensor,
-    plan: DevicePlan,
-    keys: Tensor | None,
-    values: Tensor | None,
-    q_norm: Weight | None,
-    k_norm: Weight | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: AttentionCall, plan: DevicePlan) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [T, H, Dh] in qkv's dtype, and where keys and values are: the pages given, or new [T_kv, K, Dh].
 
     Rows of qkv and kv past the plan's are left alone, and of the plan's those past qkv's and kv's. In fp32 and in this
     order: mean of squares, 1 / sqrt(mean + eps), x times that, times the norm's weight, the rotation, one rounding.
     Keys and values go through `spec.kv_dtype` on their way where it is given, whether they end in pages or not.
     """
+    qkv, spec, rope, _, keys, values, q_norm, k_norm, kv = call
     apart = kv is not None
     q_rows, kv_rows = aligned(qkv), aligned(kv if kv is not None else qkv)
     H, K, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim

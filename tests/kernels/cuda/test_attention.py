@@ -11,6 +11,7 @@ import torch
 
 from engine.errors import ConfigError, InputError
 from engine.kernels.attention import AttentionSpec, allocate_pages, attention
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.op import OPS, cuda_not_built, use_backend
 from engine.kernels.rope import rope_table
 from engine.kernels.swiglu import swiglu
@@ -91,7 +92,7 @@ def test_it_is_given_tiles_of_at_most_16_rows_and_triton_the_rest(monkeypatch: p
     with use_backend("triton"), torch.device(DEVICE):
         keys, values = allocate_pages(6, 16, SPEC, torch.float32)
     qkv, rope = randn(sum(lengths), SPEC.row_size).to(DEVICE), rope_table(64, 1e4, None, 64).to(DEVICE)
-    out, _ = cuda_attention.forward(qkv, None, SPEC, rope, plan, keys, values, None, None, False)
+    out, _ = cuda_attention.forward(AttentionCall(qkv, SPEC, rope, plan, keys, values), False)
     ((q, *_, lists, tiles),) = given
     assert tuple(q.shape) == (35, 8, 64) and tiles.decode_m == 16
     items = lists.decode[: 8 * lists.num_decode].view(-1, 8)
@@ -113,7 +114,7 @@ def test_it_is_told_how_many_rows_there_are(monkeypatch: pytest.MonkeyPatch) -> 
     with use_backend("triton"), torch.device(DEVICE):
         keys, values = allocate_pages(6, 16, SPEC, torch.float32)
     qkv, rope = randn(2, SPEC.row_size).to(DEVICE), rope_table(64, 1e4, None, 64).to(DEVICE)
-    cuda_attention.forward(qkv, None, SPEC, rope, plan, keys, values, None, None, False)
+    cuda_attention.forward(AttentionCall(qkv, SPEC, rope, plan, keys, values), False)
     ((*_, shape, _, _, _, _),) = given
     assert shape == (2, 8, 2, 64, 16, 0, 16, 32, 512)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionSpec, allocate_pages
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.attention_plan import AttentionPlan
 from engine.kernels.op import use_backend
 from engine.kernels.rope import rope_table
@@ -62,7 +63,7 @@ class Pool:
     def run(self, qkv: Tensor, plan: AttentionPlan, **options: object) -> Tensor:
         rope = rope_table(self.spec.head_dim, 1e4, None, 1024)
         with simulated(**options) as self.given, use_backend("triton"):
-            out, _ = cuda_attention.forward(qkv, None, self.spec, rope, plan, self.keys, self.values, None, None, False)
+            out, _ = cuda_attention.forward(AttentionCall(qkv, self.spec, rope, plan, self.keys, self.values), False)
         return out
 
     def definition(self, new: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan, AttentionSpec
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.triton.launch import Launch, collecting
 from engine.kernels.weight import Weight
 from tests.kernels.cases import assert_near
@@ -127,6 +128,6 @@ def test_other_shapes_go_to_the_plain_kernels(spec, dtype):
 
     qkv, d_out = (torch.empty(16, columns, dtype=dtype) for columns in (spec.row_size, spec.num_heads * spec.head_dim))
     with collecting() as launches:
-        backward(d_out, d_out, torch.empty(16, spec.num_heads), qkv, None, spec, rope_of(spec),
-                 AttentionPlan.of_sequences([16]), None, None)  # fmt: skip
+        call = AttentionCall(qkv, spec, rope_of(spec), AttentionPlan.of_sequences([16]))
+        backward(call, d_out, d_out, torch.empty(16, spec.num_heads))
     assert "_grad_keys" in {launch.name for launch in launches} and not any(launch.gluon for launch in launches)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.kernels.attention import AttentionPlan, AttentionSpec, allocate_pages, attention
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.op import use_backend
 from engine.kernels.rope import apply_rope, rope_table
 from tests.kernels.cases import assert_near, randn
@@ -45,9 +46,8 @@ def forward(
 
     tiles, rope = tiles or tiles_for_tests(), rope_of(spec) if rope is None else rope
     with use_backend("triton"), torch.no_grad():
-        out, lse = kernels.forward(
-            qkv, kv, spec, rope, plan, keys, values, *norms, want_lse=want_lse, tiles=tiles, walk=walk
-        )
+        call = AttentionCall(qkv, spec, rope, plan, keys, values, *norms, kv)
+        out, lse = kernels.forward(call, want_lse, tiles=tiles, walk=walk)
     return (out, lse) if want_lse else out
 
 

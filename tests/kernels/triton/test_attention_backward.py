@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import AttentionPlan, AttentionSpec, attention
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.op import use_backend
 from engine.kernels.rope import apply_rope, rope_table
 from engine.kernels.weight import Weight
@@ -99,8 +100,9 @@ def gradients(
         rows = plan.rows().to(DEVICE)
         x, kv, d_out, out, lse = qkv[rows, :queries], qkv[:, queries:], d_out[rows], out[rows], lse[rows]
     weights = norms or [None, None]
+    call = AttentionCall(x, spec, rope_of(spec).to(DEVICE), plan, None, None, *weights, kv)
     backward = backward or partial(plain, tiles=tiles or small_tiles())
-    d_x, d_kv = backward(d_out, out, lse, x, kv, spec, rope_of(spec).to(DEVICE), plan, *weights)
+    d_x, d_kv = backward(call, d_out, out, lse)
     d_q, d_kv = (d_x, d_kv) if d_kv is not None else (d_x[:, :queries], d_x[:, queries:])
     return [d_q, d_kv, *(norm.grad_buffer() for norm in norms or [])]
 
@@ -237,8 +239,8 @@ def test_rows_past_the_plans_have_gradients_of_zero():
     spec = AttentionSpec(2, 1, 16)
     qkv, d_out = example(spec, torch.float32, 12)
     out, lse = of_definition(qkv, spec, [12])
-    d_qkv, _ = backward(d_out, out.to(DEVICE, qkv.dtype), lse.float().to(DEVICE), qkv, None, spec,
-                        rope_of(spec).to(DEVICE), plan_of([10]), None, None)  # fmt: skip
+    call = AttentionCall(qkv, spec, rope_of(spec).to(DEVICE), plan_of([10]))
+    d_qkv, _ = backward(call, d_out, out.to(DEVICE, qkv.dtype), lse.float().to(DEVICE))
     assert d_qkv[:10].any(1).all() and not d_qkv[10:].any()
 
 

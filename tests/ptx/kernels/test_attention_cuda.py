@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from engine.kernels.attention import AttentionSpec
+from engine.kernels.attention_call import AttentionCall
 from engine.kernels.cuda import attention as cuda_attention
 from engine.kernels.graph import empty
 from engine.kernels.rope import rope_table
@@ -33,9 +34,9 @@ def decoded(pool: Pool, qkv: Tensor, by_cuda: bool) -> list[Tensor]:
 
     plan = plan_of(NEW, CONTEXTS, pool.tables)
     rope = rope_table(pool.spec.head_dim, 1e4, None, 1024)
-    arguments = (qkv, None, pool.spec, rope, plan, pool.keys, pool.values, None, None, False)
+    call = AttentionCall(qkv, pool.spec, rope, plan, pool.keys, pool.values)
     with simulated() as launches, cuda.simulated() as given, patch.object(triton_attention, "empty", noted):
-        (cuda_attention if by_cuda else triton_attention).forward(*arguments)
+        (cuda_attention if by_cuda else triton_attention).forward(call, False)
     assert bool(given) == by_cuda and by_cuda != any(launch.name == "_attend" for launch in launches)
     assert [each.shape[-1] for each in made[1:]] == [pool.spec.head_dim, 2]
     return made
