@@ -35,7 +35,7 @@ class Scheduler:
             call()
 
     def _next(self) -> Strand:
-        """Threads that run now, all together that are at their place, lowest first inside a warp."""
+        """Threads that run now, with all others at their place: the lowest in the program, or drawn at random."""
         if len(self.strands) == 1 and self.strands[0].ready is None:
             if self.machine.random and self.strands[0].threads.whole:
                 return self._cut(self.strands[0])
