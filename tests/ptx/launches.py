@@ -17,9 +17,10 @@ from triton import knobs
 from benchmarks.compile import compiled_for
 from engine.kernels.op import use_backend
 from engine.kernels.triton.launch import Launch, running
+from tests.ptx.instructions.tensor_map import expanded
 from tests.ptx.machine import Machine
-from tests.ptx.parse import PTXError, parse
-from tests.ptx.tensor_map import expanded
+from tests.ptx.parse import parse
+from tests.ptx.syntax import PTXError
 
 CAPABILITY, PROCESSORS = 90, 4  # few multiprocessors, so that persistent kernels have several items a program
 _STRICT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # see Machine

@@ -12,6 +12,7 @@ from tests.ptx.machine import Machine
 from tests.ptx.parse import parse
 
 SCHEDULES = [("in order", 0), ("random", 0), ("random", 1)]
+MEMORY = ".extern .shared .align 128 .b8 memory[];"  # for `run`, whose `shared` is its size
 _TYPES = {torch.float32: "f32", torch.float64: "f64", torch.int32: "b32", torch.int64: "b64", torch.int16: "b16",
           torch.bfloat16: "b16", torch.float16: "b16", torch.uint8: "u8"}  # fmt: skip
 _REGISTERS = (".reg .pred %p<20>; .reg .b16 %h<40>; .reg .b32 %r<60>; .reg .f32 %f<40>; .reg .b64 %rd<40>; "
@@ -57,3 +58,14 @@ def compute(line: str, result: torch.dtype, *sources: Tensor, extra: str = "") -
     body += f"{names[_TYPES[result]]}{10 + len(padded)};"
     run(body, *padded, out, threads=threads)
     return out[:count]
+
+
+def warp(line: str, sources: list[Tensor], threads: int = 32) -> Tensor:
+    """What the lines leave in %r20 of each thread; sources of 32 bits are in %r10, %r11, ..."""
+    out = torch.zeros(threads, dtype=torch.int32)
+    body = ""
+    for place, _ in enumerate(sources):
+        body += element(place, 4, "%rd1") + f"ld.global.b32 %r{10 + place}, [%rd1];\n"
+    body += line + element(len(sources), 4, "%rd1") + "st.global.b32 [%rd1], %r20;"
+    run(body, *sources, out, threads=threads, shared=4096, declared=MEMORY)
+    return out

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.ptx.parse import PTXError
+from tests.ptx.syntax import PTXError
 
-_ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}  # 16 bytes are copied, never added
+# Where shared memory and parameters begin in generic space; global memory has its own addresses there.
+SHARED_WINDOW, PARAMETER_WINDOW = 1 << 60, 1 << 61
+# 16 bytes are copied, never added.
+_ITEMS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
 class Region:
@@ -28,7 +32,7 @@ class Region:
         """Memory of this process. Bytes around it are seen where alignment wants it, and never touched."""
         base, end = first & ~15, -(-limit // 16) * 16
         array = (ctypes.c_uint8 * (end - base)).from_address(base)
-        return Region(np.frombuffer(array, np.uint8), base, first, limit)
+        return Region(np.frombuffer(memoryview(array), np.uint8), base, first, limit)
 
 
 class Space:

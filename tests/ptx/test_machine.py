@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.ptx.machine import Deadlock
-from tests.ptx.parse import PTXError
 from tests.ptx.programs import SCHEDULES, element, run
+from tests.ptx.scheduler import Deadlock
+from tests.ptx.syntax import PTXError
 
 schedules = pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 

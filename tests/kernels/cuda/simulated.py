@@ -22,7 +22,8 @@ from torch import Tensor
 
 from engine.kernels.cuda import attention as cuda_attention
 from tests.ptx.machine import Machine
-from tests.ptx.parse import Module, parse
+from tests.ptx.parse import parse
+from tests.ptx.syntax import Module
 
 SOURCE = Path(__file__).resolve().parents[3] / "engine" / "csrc" / "cuda" / "attention.cu"
 NVCC = shutil.which("nvcc")

@@ -55,7 +55,8 @@ def decoded(pool: Pool, qkv: Tensor, by_cuda: bool) -> list[Tensor]:
     ids=str,
 )
 def test_decode_in_cuda_has_the_bits_of_triton(heads, window, dtype, kv_dtype):
-    pool = Pool(AttentionSpec(*heads, window=window, kv_dtype=kv_dtype), dtype, CONTEXTS)
+    query_heads, kv_heads, head_dim = heads
+    pool = Pool(AttentionSpec(query_heads, kv_heads, head_dim, window=window, kv_dtype=kv_dtype), dtype, CONTEXTS)
     qkv = rows_of(pool, sum(NEW))
     by_triton, by_cuda = decoded(pool, qkv, by_cuda=False), decoded(pool, qkv, by_cuda=True)
     for name, expected, actual in zip(("out", "products with V", "softmaxes"), by_triton, by_cuda, strict=True):

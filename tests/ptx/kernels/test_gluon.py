@@ -21,9 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tests.ptx.instructions.tensor_map import expanded
 from tests.ptx.machine import Machine
-from tests.ptx.parse import Module, PTXError, parse
-from tests.ptx.tensor_map import expanded
+from tests.ptx.parse import parse
+from tests.ptx.syntax import Module, PTXError
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx.conversions import E4M3, to_e4m3
+from tests.ptx.instructions.conversions import E4M3, to_e4m3
 from tests.ptx.programs import compute
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -7,20 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.machine import (
-    BLOCK_HOOKS,
-    SHARED_WINDOW,
-    Block,
-    Run,
-    Threads,
-    addresses,
-    full,
-    operation,
-    reader,
-    writer,
-)
-from tests.ptx.ordering import ProtocolError, ordering_of
-from tests.ptx.parse import Instruction, Operand, Sink
+from tests.ptx.block import BLOCK_HOOKS, Block
+from tests.ptx.instructions.ordering import ProtocolError, ordering_of
+from tests.ptx.operands import addresses, reader, writer
+from tests.ptx.operations import Run, operation
+from tests.ptx.spaces import SHARED_WINDOW
+from tests.ptx.syntax import Instruction, Operand, Sink
+from tests.ptx.threads import Threads, full
 
 _MOST_ARRIVALS = 2**20 - 1
 _MOST_BYTES = 2**20 - 1
@@ -32,7 +25,7 @@ class Barrier:
     """An mbarrier that `expected` arrivals complete, phase after phase.
 
     `released` is what the arrivals of the current phase have published, and `acquired` what the ones of completed
-    phases have: see `tests.ptx.ordering`.
+    phases have: see `tests.ptx.instructions.ordering`.
     """
 
     address: int

@@ -17,12 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.fragments import MatrixDescriptor, accumulated, gathered, left_operand, right_operand, sum_places
-from tests.ptx.machine import BLOCK_HOOKS, Block, Run, Threads, full, operation, reader, writer
-from tests.ptx.memory import meet
-from tests.ptx.ordering import ProtocolError, ordering_of
-from tests.ptx.parse import Immediate, Instruction, Operand, Register, Vector
-from tests.ptx.products import Product, Warpgroup
+from tests.ptx.block import BLOCK_HOOKS, Block
+from tests.ptx.instructions.fragments import (
+    MatrixDescriptor,
+    accumulated,
+    gathered,
+    left_operand,
+    right_operand,
+    sum_places,
+)
+from tests.ptx.instructions.lanes import meet
+from tests.ptx.instructions.ordering import ProtocolError, ordering_of
+from tests.ptx.instructions.products import Product, Warpgroup
+from tests.ptx.operands import reader, writer
+from tests.ptx.operations import Run, operation
+from tests.ptx.syntax import Immediate, Instruction, Operand, Register, Vector
+from tests.ptx.threads import Threads, full
 
 _POISON = np.uint32(0xFFFFFFFF)
 _DEPTH = {"bf16": 16, "f16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32}  # K of one wgmma

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx.mbarrier import Barrier
-from tests.ptx.ordering import ProtocolError
-from tests.ptx.parse import PTXError
+from tests.ptx.instructions.mbarrier import Barrier
+from tests.ptx.instructions.ordering import ProtocolError
 from tests.ptx.programs import SCHEDULES, element, run
+from tests.ptx.syntax import PTXError
 
 schedules = pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
 _SHARED = ".extern .shared .align 128 .b8 memory[];"

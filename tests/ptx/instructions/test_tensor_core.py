@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.ptx.machine import Machine
-from tests.ptx.parse import PTXError, parse
+from tests.ptx.parse import parse
+from tests.ptx.syntax import PTXError
 
 _SMALL = """
 .version 8.7

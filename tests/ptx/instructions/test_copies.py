@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ptx.parse import PTXError
+from tests.ptx.instructions.tensor_map import TensorMap
 from tests.ptx.programs import element, run
-from tests.ptx.tensor_map import TensorMap
+from tests.ptx.syntax import PTXError
 
 _MODES = [
     {"schedule": schedule, "completion": completion}

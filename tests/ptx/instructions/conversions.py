@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.arithmetic import computed, flush, from_half, halves, odd, to_bf16, to_half
-from tests.ptx.machine import Block, Run, Threads, operation, reader, writer
-from tests.ptx.parse import Immediate, Instruction, Register, Vector, size_of
+from tests.ptx.block import Block
+from tests.ptx.instructions.arithmetic import computed, flush, from_half, halves, odd, to_bf16, to_half
+from tests.ptx.operands import reader, writer
+from tests.ptx.operations import Run, operation
+from tests.ptx.syntax import Immediate, Instruction, Register, Vector, size_of
+from tests.ptx.threads import Threads
 
 
 @operation("mov")
@@ -49,8 +53,10 @@ def _mov(instruction: Instruction) -> Run:
 
 
 _ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-_LIMITS = {"s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32,
-           "s64": np.int64, "u64": np.uint64}  # fmt: skip
+_LIMITS: dict[str, Any] = {
+    "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32,
+    "s64": np.int64, "u64": np.uint64,
+}  # fmt: skip
 
 
 @operation("cvt")

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tests.ptx.machine import BLOCK_HOOKS, Block, Threads
-from tests.ptx.parse import PTXError
+from tests.ptx.block import BLOCK_HOOKS, Block
+from tests.ptx.syntax import PTXError
+from tests.ptx.threads import Threads
 
 _MANY = 256  # warps, and mbarriers that copies complete on
 _NEVER = 2**40  # the time of a copy that nobody has waited for yet

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ptx.tensor_map import TensorMap
+from tests.ptx.instructions.tensor_map import TensorMap
 
 _BASE = 1 << 12
 

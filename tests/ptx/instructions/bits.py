@@ -7,9 +7,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.arithmetic import computed, flush, from_half, halves, is_half
-from tests.ptx.machine import Block, Run, Threads, operation, reader, writer
-from tests.ptx.parse import Immediate, Instruction, Pair, Register, size_of
+from tests.ptx.block import Block
+from tests.ptx.instructions.arithmetic import computed, flush, from_half, halves, is_half
+from tests.ptx.operands import reader, writer
+from tests.ptx.operations import Run, operation
+from tests.ptx.syntax import Immediate, Instruction, Pair, Register, size_of
+from tests.ptx.threads import Threads
 
 
 @operation("and", "or", "xor")

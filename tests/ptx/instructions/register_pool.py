@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.ptx.machine import BLOCK_HOOKS, WARP, Block, Run, Threads, operation
-from tests.ptx.memory import meet
-from tests.ptx.parse import Immediate, Instruction, PTXError
+from tests.ptx.block import BLOCK_HOOKS, Block
+from tests.ptx.instructions.lanes import meet
+from tests.ptx.operations import Run, operation
+from tests.ptx.syntax import Immediate, Instruction, PTXError
+from tests.ptx.threads import WARP, Threads
 
 
 def _begin(block: Block) -> None:

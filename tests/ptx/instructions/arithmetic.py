@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.machine import Block, Run, Threads, operation, reader, writer
-from tests.ptx.parse import Instruction, Register, size_of
+from tests.ptx.block import Block
+from tests.ptx.operands import reader, writer
+from tests.ptx.operations import Run, operation
+from tests.ptx.syntax import Instruction, Register, size_of
+from tests.ptx.threads import Threads
 
 _TINY = np.float32(2.0**-126)
 _NATIVE = {"b16": ("u16", "s16", "b16", "f16"), "b32": ("u32", "s32", "b32", "f32"),
@@ -30,8 +33,7 @@ def computed(instruction: Instruction, function: Callable[..., Any], types: tupl
     destination, *sources = instruction.operands
     reads = [reader(instruction, each, type_name) for each, type_name in zip(sources, types, strict=True)]
     write = writer(instruction, destination, result)
-    direct = into and isinstance(destination, Register) and result in _NATIVE[destination.file]
-    if direct and len(reads) == 2:
+    if into and len(reads) == 2 and isinstance(destination, Register) and result in _NATIVE[destination.file]:
         first, second = reads
         view, row = operator.attrgetter(_SIGNLESS.get(result, result)), destination.index
 

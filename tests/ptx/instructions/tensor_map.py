@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.swizzle import WIDTHS, swizzled
+from tests.ptx.instructions.swizzle import WIDTHS, swizzled
 
 _NAN = {2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f"}  # of both 16-bit types and of float32; 8 bits have no fill but zero
 

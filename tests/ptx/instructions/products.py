@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.fragments import accumulated
-from tests.ptx.ordering import ProtocolError
-from tests.ptx.parse import Register
+from tests.ptx.instructions.fragments import accumulated
+from tests.ptx.instructions.ordering import ProtocolError
+from tests.ptx.syntax import Register
 
 
 @dataclass

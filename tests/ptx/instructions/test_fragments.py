@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx.fragments import (
+from tests.ptx.instructions.fragments import (
     MatrixDescriptor,
     accumulated,
     decoded,
@@ -15,7 +15,7 @@ from tests.ptx.fragments import (
     right_operand,
     sum_places,
 )
-from tests.ptx.swizzle import swizzled
+from tests.ptx.instructions.swizzle import swizzled
 
 
 def _descriptor(start: int, leading: int, stride: int, code: int) -> int:

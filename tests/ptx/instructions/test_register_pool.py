@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.ptx.machine import Machine
-from tests.ptx.parse import PTXError, parse
+from tests.ptx.parse import parse
 from tests.ptx.programs import SCHEDULES, kernel
+from tests.ptx.syntax import PTXError
 
 
 def _run(body: str, registers: str = ".maxnreg 128", **options: Any) -> torch.Tensor:

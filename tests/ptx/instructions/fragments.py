@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from tests.ptx.swizzle import swizzled
+from tests.ptx.instructions.swizzle import swizzled
 
 _SWIZZLE_OF_CODE = {0: 16, 1: 128, 2: 64, 3: 32}
 
@@ -32,8 +32,8 @@ class MatrixDescriptor:
         """From the 64 bits of an instruction's operand. Raises ValueError for a base offset other than 0."""
         if bits >> 49 & 7:
             raise ValueError(f"the matrix descriptor {bits:#018x} has a base offset, which is not modelled")
-        fields = (bits & 0x3FFF, bits >> 16 & 0x3FFF, bits >> 32 & 0x3FFF)
-        return MatrixDescriptor(*(field * 16 for field in fields), _SWIZZLE_OF_CODE[bits >> 62 & 3])
+        start, leading, stride = (16 * (bits >> shift & 0x3FFF) for shift in (0, 16, 32))
+        return MatrixDescriptor(start, leading, stride, _SWIZZLE_OF_CODE[bits >> 62 & 3])
 
     def pieces(self, extent: int, k_major: bool) -> np.ndarray:
         """Addresses of the 16-byte pieces of one instruction's operand with `extent` rows of A or columns of B.

@@ -13,12 +13,15 @@ from functools import partial
 
 import numpy as np
 
-from tests.ptx.async_copies import BulkGroups, BulkStore, Groups, ThreadCopies
-from tests.ptx.machine import BLOCK_HOOKS, Block, Run, Threads, addresses, full, operation, reader
-from tests.ptx.mbarrier import barrier_at, shared_places
-from tests.ptx.ordering import ProtocolError, ordering_of
-from tests.ptx.parse import Address, Immediate, Instruction
-from tests.ptx.tensor_map import TensorMap
+from tests.ptx.block import BLOCK_HOOKS, Block
+from tests.ptx.instructions.async_copies import BulkGroups, BulkStore, Groups, ThreadCopies
+from tests.ptx.instructions.mbarrier import barrier_at, shared_places
+from tests.ptx.instructions.ordering import ProtocolError, ordering_of
+from tests.ptx.instructions.tensor_map import TensorMap
+from tests.ptx.operands import addresses, reader
+from tests.ptx.operations import Run, operation
+from tests.ptx.syntax import Address, Immediate, Instruction
+from tests.ptx.threads import Threads, full
 
 _FEATURES = ("im2col", "im2col::w", "multicast::cluster", "tile::gather4", "tile::scatter4", "cp_mask")
 
