@@ -134,8 +134,11 @@ class Watchdog:
             signal.signal(signal.SIGTERM, self._terminate)
 
     def stop(self) -> None:
-        """Watches no more."""
+        """Watches no more: its thread has ended. Of a thread that the interpreter finds in the store's C++ when it ends
+        itself, that one would make an abort of a program that ended well."""
         self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(STORE_SECONDS)
 
     def leave(self) -> None:
         """The program is at its end. If that is because of another rank this process ends here and now: threads of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -114,6 +115,28 @@ def test_exception_that_ends_a_rank_is_told_to_the_others() -> None:
     second.report(OSError("No space left on device"))
     first.tick(0.0)
     assert text_of(first) == f"{Process.here(1)} failed: OSError: No space left on device"
+
+
+def test_thread_has_ended_when_its_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the store is slow: a thread that was in it would have the interpreter abort at its end."""
+    asked = threading.Event()
+
+    class SlowStore(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            asked.set()
+            time.sleep(0.3)
+            return super().check(keys)
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # what `start` sets is taken back
+    before, others = signal.getsignal(signal.SIGTERM), set(threading.enumerate())
+    dog = Watchdog(SlowStore(), [Process.here(0)], 0, "the test")
+    dog.start()
+    try:
+        assert asked.wait(5)
+        dog.leave()
+        assert set(threading.enumerate()) <= others
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_rank_that_ended_well_is_no_failure_until_it_is_needed(neighbour: subprocess.Popen[bytes]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,22 @@ TESTS = {
 }
 
 
-@pytest.mark.parametrize("name", TESTS)
-def test_kernels_as_they_are_compiled(name: str) -> None:
+def run(name: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-p", "tests.ptx.plugin", "--tb=short", *TESTS[name]]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Of what was asked for, one on each core at a time: a block of threads is simulated by one."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        asked = {item.name for item in request.session.items if item.path == request.path}
+        yield {name: pool.submit(run, name) for name in TESTS if any(each.endswith(f"[{name}]") for each in asked)}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_kernels_as_they_are_compiled(name: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    done = runs[name].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
