@@ -134,8 +134,8 @@ class Watchdog:
             signal.signal(signal.SIGTERM, self._terminate)
 
     def stop(self) -> None:
-        """Watches no more: its thread has ended. Of a thread that the interpreter finds in the store's C++ when it ends
-        itself, that one would make an abort of a program that ended well."""
+        """Watches no more, and its thread has ended: one that is still inside the store's C++ when the interpreter
+        shuts down aborts the process."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(STORE_SECONDS)

@@ -37,8 +37,8 @@ def missing() -> str:
 
 
 def forward(call: AttentionCall, want_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """See `AttentionCall`. Batches without pages, and those whose `lse` is wanted, are training's:
-    they run on Triton alone, and so do head widths that the CUDA kernels lack."""
+    """See `AttentionCall`. Batches without pages, and those whose `lse` is wanted, are training's: they run on Triton
+    alone, and so do head widths that the CUDA kernels lack."""
     if call.keys is None or want_lse or call.spec.head_dim not in HEAD_DIMS:
         return triton_attention.forward(call, want_lse)
     tiles = replace(triton_attention.tiles_of(call.spec, call.qkv.dtype, call.qkv.device), decode_m=ROWS)
